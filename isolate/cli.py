@@ -1,0 +1,187 @@
+"""The `isolate` command."""
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from isolate.environment import environment_policy
+from isolate.policy import WORK, Bind, Limits, Policy, Report, SandboxError, system_policy
+from isolate.sandbox import Command, Sandbox
+
+WALL_LIMIT, NOT_BUILT = 124, 125
+"""Exit codes, after timeout(1)."""
+
+_EPILOG = """\
+The command sees the system's programs and libraries, the paths that you name, and writable places in memory
+(its work directory, HOME, /tmp, /dev/shm). It sees no other file, no process, no network and no variable of
+yours.
+
+exit code: the command's own; 128 + N if signal N ended it; 124 the wall limit; 125 the sandbox could not be
+built; 126 the command cannot be executed; 127 it was not found.
+
+examples:
+  isolate run -- python3 -c 'print(open("/etc/shadow").read())'
+  isolate run --memory 500M --wall 10 --ro ~/course/data -- python3 ~/course/data/check.py
+  isolate run --rw ./out:/out -- sh -c 'date > /out/when'
+"""
+
+
+def size(text: str) -> int:
+    """Bytes from `500M`, `2G`, `1.5GiB`, `4096`: powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?", text)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 500M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _absolute(text: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def read_only_path(text: str) -> Bind:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Bind(_absolute(text))
+
+
+def writable_path(text: str) -> Bind:
+    """`PATH` or `PATH:AT`; a path that holds a colon itself is taken whole when it exists."""
+    source, _, at = text.rpartition(":")
+    if not source or not at.startswith("/") or os.path.exists(text):
+        return Bind(_absolute(text))
+    if ".." in Path(at).parts:
+        raise argparse.ArgumentTypeError(f"{at!r} must not contain '..'")
+    return Bind(_absolute(source), Path(at))
+
+
+def variable(text: str) -> tuple[str, str]:
+    """`K=V`, or `K` to pass on one's own."""
+    name, equals, value = text.partition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if not equals and name not in os.environ:
+        raise argparse.ArgumentTypeError(f"{name} is not set here; write {name}=VALUE")
+    return name, value if equals else os.environ[name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="isolate", description="Run code that nobody has read in a sandbox.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    defaults = Limits()
+    run = commands.add_parser(
+        "run",
+        help="run a command in a sandbox",
+        usage="isolate run [options] -- CMD...",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("--ro", metavar="PATH", action="append", default=[], type=read_only_path, help="show PATH, read-only")
+    run.add_argument(
+        "--rw",
+        metavar="PATH[:AT]",
+        action="append",
+        default=[],
+        type=writable_path,
+        help="show PATH, writable, at AT; what the command does there is done to the real files. Root: files"
+        " of the directory's owner are the command's own, there only",
+    )
+    run.add_argument(
+        "--env", metavar="K=V", action="append", default=[], type=variable, help="set a variable (K alone: pass on yours)"
+    )
+    run.add_argument("--cwd", metavar="DIR", default=WORK, help="start in this directory of the sandbox (%(default)s)")
+    run.add_argument(
+        "--memory", metavar="SIZE", type=size, default=defaults.memory_bytes, help="of all processes together (2G)"
+    )
+    run.add_argument("--cpu", metavar="SECONDS", type=seconds, default=defaults.cpu_seconds, help="processor time (3600)")
+    run.add_argument("--wall", metavar="SECONDS", type=seconds, default=defaults.wall_seconds, help="time (3600)")
+    run.add_argument("--processes", metavar="N", type=count, default=defaults.processes, help="and threads (128)")
+    run.add_argument(
+        "--files", metavar="SIZE", type=size, default=defaults.files_bytes, help="of all files that it writes (256M)"
+    )
+    run.add_argument("--report", metavar="FILE", type=Path, help="write a JSON report: how it ended, time, memory, layers")
+    run.add_argument("cmd", nargs="+", metavar="CMD")
+    return parser
+
+
+def _policy(options: argparse.Namespace) -> Policy:
+    limits = Limits(
+        wall_seconds=options.wall,
+        cpu_seconds=options.cpu,
+        memory_bytes=options.memory,
+        processes=options.processes,
+        files_bytes=options.files,
+    )
+    program = shutil.which(options.cmd[0]) if os.path.isabs(options.cmd[0]) else None
+    base = environment_policy([Path(program)], limits=limits) if program else system_policy(limits=limits)
+    return dataclasses.replace(
+        base,
+        read_only=(*base.read_only, *options.ro),
+        writable=tuple(options.rw),
+        environment={**base.environment, **dict(options.env)},
+    )
+
+
+def exit_code(report: Report) -> int:
+    """What a shell expects of a command that ended like this."""
+    if report.ended == "exited" and report.exit_code is not None:
+        return report.exit_code
+    if report.limit == "wall":
+        return WALL_LIMIT
+    return 128 + (report.signal or signal.SIGKILL)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`isolate run`."""
+    command = Command(options.cmd, cwd=options.cwd, stdin=None)
+    with Sandbox(_policy(options), command) as sandbox:
+
+        def forward(number: int, _: FrameType | None) -> None:
+            sandbox.send("interrupt" if number == signal.SIGINT else "terminate")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, forward)
+        report = sandbox.wait()
+    if options.report:
+        options.report.write_text(report.to_json() + "\n", encoding="utf-8")
+    if report.ended in {"limit", "signal"}:
+        print(f"isolate: {report.message}", file=sys.stderr)
+    return exit_code(report)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return run(options)
+    except SandboxError as error:
+        print(f"isolate: the sandbox could not be built: {error}", file=sys.stderr)
+        return NOT_BUILT
+    except OSError as error:
+        print(f"isolate: {error}", file=sys.stderr)
+        return NOT_BUILT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""What an interpreter needs to be visible, and what in its prefix may hold a secret.
+
+An environment is a prefix: a venv, a conda environment, a pyenv version, or /usr. Found by following links
+and pyvenv.cfg, never by running the interpreter on the host.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from isolate.policy import HOME, Bind, Limits, Policy, SandboxError, system_policy
+from isolate.sandbox import Command, Sandbox
+
+_SECRETS = (
+    "etc/jupyter etc/ipython etc/conda etc/pip.conf etc/nbgrader pip.conf .condarc condarc .netrc .pypirc "
+    "share/jupyter/runtime share/jupyter/nbgrader share/nbgrader share/jupyter/notebook_secret"
+).split()
+"""Below a prefix: configuration that may carry tokens, and places where an exchange lies by default."""
+
+
+def prefixes_of(executable: Path) -> tuple[Path, ...]:
+    """The directories that this executable's interpreter reads, nearest first; a path of its own if it has none.
+
+    Raises `SandboxError` where that would show somebody's whole home directory.
+    """
+    found: list[Path] = []
+    path = Path(os.path.abspath(executable))
+    for _ in range(40):  # as many links as the kernel follows, path_resolution(7)
+        prefix = path.parent.parent
+        if path.parent.name in {"bin", "sbin"} and _is_prefix(prefix):
+            found += [prefix, Path(os.path.realpath(prefix))]
+            found += _bases(prefix)
+        else:
+            found.append(path)
+        if not path.is_symlink():
+            break
+        path = Path(os.path.normpath(path.parent / os.readlink(path)))
+    found.append(Path(os.path.realpath(executable)))
+    unique = [path for path in dict.fromkeys(found) if os.path.lexists(path)]
+    result = tuple(p for p in unique if not any(p != other and p.is_relative_to(other) for other in unique))
+    for path in result:
+        _refuse_home(path)
+    return result
+
+
+def _is_prefix(directory: Path) -> bool:
+    if directory == Path("/"):
+        return False
+    return any((directory / name).exists() for name in ("pyvenv.cfg", "conda-meta")) or any(
+        directory.glob("lib/python3*")
+    )
+
+
+def _bases(prefix: Path) -> list[Path]:
+    """The prefix that a virtual environment was made from, by `home` in pyvenv.cfg. PEP 405."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in (prefix / "pyvenv.cfg").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition("=")
+            if name.strip().lower() == "home":
+                base = Path(value.strip()).parent
+                return [base, Path(os.path.realpath(base))] if base != Path("/") else []
+    return []
+
+
+def _refuse_home(path: Path) -> None:
+    homes = {os.path.realpath(entry.pw_dir) for entry in pwd.getpwall()} | {os.path.realpath(Path.home())}
+    homes -= {"/", "/bin", "/sbin", "/usr/sbin", "/usr/bin", "/usr"}
+    for home in homes:
+        if Path(home).is_relative_to(os.path.realpath(path)) and home not in {"/nonexistent"}:
+            if os.path.realpath(path) in {"/usr", "/opt", "/usr/local"}:
+                continue  # system accounts keep theirs there
+            raise SandboxError(
+                "environment",
+                f"{path} is or holds a home directory and would be visible as a whole",
+                "put the environment into a directory of its own, such as a venv",
+            )
+
+
+def environment_policy(
+    executables: Iterable[Path],
+    *,
+    environment: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
+) -> Policy:
+    """The system, the prefixes of these executables read-only with their secrets masked, and a PATH for them."""
+    base = system_policy(environment, limits)
+    prefixes = list(dict.fromkeys(prefix for executable in executables for prefix in prefixes_of(executable)))
+    binaries = [str(prefix / "bin") for prefix in prefixes if (prefix / "bin").is_dir()]
+    path = ":".join(dict.fromkeys([*binaries[:1], *base.environment["PATH"].split(":")]))
+    variables = {**base.environment, "PATH": path, **(environment or {})}
+    if prefixes and (prefixes[0] / "conda-meta").is_dir():
+        variables.setdefault("CONDA_PREFIX", str(prefixes[0]))
+    return Policy(
+        read_only=(*base.read_only, *(Bind(prefix) for prefix in prefixes if not _shown(prefix, base))),
+        hidden=(*base.hidden, *secrets_below(prefixes)),
+        environment=variables,
+        limits=base.limits,
+    )
+
+
+def secrets_below(prefixes: Iterable[Path]) -> tuple[Path, ...]:
+    """What to mask in these directories, as far as it exists."""
+    return tuple(prefix / name for prefix in prefixes for name in _SECRETS if os.path.lexists(prefix / name))
+
+
+def _shown(path: Path, policy: Policy) -> bool:
+    return any(path.is_relative_to(bind.source) for bind in policy.read_only)
+
+
+def grader_policy(limits: Limits) -> Policy:
+    """What this very process runs on: its interpreter, its packages, this package. For the driver room."""
+    policy = environment_policy([Path(sys.executable)], limits=limits)
+    extra = [Path(entry) for entry in grader_paths() if Path(entry).is_dir() and not _shown(Path(entry), policy)]
+    policy = policy.with_visible([path for path in extra if path != _package_parent()])
+    if not _shown(_package_parent(), policy):
+        policy = policy.with_visible([_package_parent() / "isolate"])
+    return policy
+
+
+def grader_paths() -> list[str]:
+    """Where this process finds its packages outside of the standard library, in order."""
+    names = ("site-packages", "dist-packages")
+    paths = [entry for entry in sys.path if os.path.basename(entry.rstrip("/")) in names and os.path.isdir(entry)]
+    return [*dict.fromkeys([*paths, str(_package_parent())])]
+
+
+def _package_parent() -> Path:
+    return Path(os.path.abspath(__file__)).parent.parent
+
+
+_FONT_CACHE_SCRIPT = """
+import glob, os, sys
+os.environ["MPLCONFIGDIR"] = "/tmp/matplotlib"
+import matplotlib.font_manager
+for path in glob.glob("/tmp/matplotlib/fontlist-*.json"):
+    with open(path) as file:
+        sys.stdout.write(os.path.basename(path) + "\\n" + file.read())
+"""
+_FONT_CACHE_MAX_BYTES = 8 * 1024 * 1024
+
+
+@functools.lru_cache(maxsize=32)
+def home_files(python: Path) -> Mapping[str, str]:
+    """Files that make a fresh HOME fit for use by this Python: matplotlib's list of the fonts in the sandbox.
+
+    Without the list the first plot takes seconds, and a warning about it on stderr would cost a test cell its
+    points. Built once in a sandbox of its own, before any student's code, and kept in the user's cache.
+    """
+    installed = [path for prefix in prefixes_of(python) for path in prefix.glob("lib/python3*/*-packages/matplotlib")]
+    if not installed:
+        return {}
+    key = json.dumps([[str(path), path.stat().st_mtime_ns] for path in installed] + [str(python)])
+    cached = _cache_directory() / f"fonts-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    with contextlib.suppress(OSError, ValueError):
+        return _as_home_file(cached.read_text(encoding="utf-8"))
+    text = _build_font_list(python)
+    if not text:
+        return {}
+    with contextlib.suppress(OSError):  # a cache is a convenience: a read-only HOME costs a second each time
+        cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        os.replace(file.name, cached)
+    return _as_home_file(text)
+
+
+def _as_home_file(text: str) -> Mapping[str, str]:
+    name, _, content = text.partition("\n")
+    if not (name.startswith("fontlist-") and name.endswith(".json") and "/" not in name):
+        raise ValueError("not a list of fonts")
+    json.loads(content)
+    return {f"{HOME}/.cache/matplotlib/{name}": content}
+
+
+def _build_font_list(python: Path) -> str:
+    policy = environment_policy([python], limits=Limits(wall_seconds=120, cpu_seconds=120))
+    with tempfile.TemporaryFile() as output:
+        command = Command([str(python), "-I", "-c", _FONT_CACHE_SCRIPT], stdout=output, stderr=subprocess.DEVNULL)
+        with Sandbox(policy, command) as sandbox:
+            report = sandbox.wait()
+        output.seek(0)
+        text = output.read(_FONT_CACHE_MAX_BYTES + 1)
+    if report.exit_code != 0 or len(text) > _FONT_CACHE_MAX_BYTES:
+        return ""  # a matplotlib that cannot be imported is the notebook's problem, and it will say so
+    return text.decode("utf-8")
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isolate"
+
+
+def find_executable(name: str, prefix: Path | None = None) -> Path:
+    """Where a kernelspec's first word leads to; bare names are looked for in `prefix`, then on PATH.
+
+    Raises `SandboxError`.
+    """
+    if os.path.isabs(name):
+        candidate: str | None = name
+    elif prefix is not None and (prefix / "bin" / name).exists():
+        candidate = str(prefix / "bin" / name)
+    elif name in {"python", "python3", f"python3.{sys.version_info[1]}"} and prefix is None:
+        candidate = sys.executable  # as jupyter_client does
+    else:
+        candidate = shutil.which(name)
+    if candidate is None or not os.path.exists(candidate):
+        raise SandboxError("environment", f"the program {name!r} does not exist", "check the kernelspec's argv")
+    return Path(candidate)

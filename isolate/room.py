@@ -1,0 +1,429 @@
+"""The second stage of a sandbox: the room in which somebody's code runs, nested in a base.
+
+Its own user namespace locks the mounts of the base, so that not even all capabilities could change them; then
+it gives up every capability. `run_outer` unshares and forks; `_run_init` is PID 1 of the room: it makes the
+writable places, closes the walls, starts the command, reaps, and when the command ends kills what is left.
+
+Standard library only, for any Python from 3.9: a template process of a course's own environment may enter a
+room too. Nothing here returns to its caller: each function that forks ends its process.
+"""
+
+import array
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import tarfile
+from collections.abc import Iterator
+from typing import IO, Any, NoReturn, Optional
+
+from isolate import syscalls
+
+Plan = dict[str, Any]
+
+_NAMESPACES = (
+    syscalls.CLONE_NEWUSER
+    | syscalls.CLONE_NEWNS
+    | syscalls.CLONE_NEWPID
+    | syscalls.CLONE_NEWNET
+    | syscalls.CLONE_NEWIPC
+    | syscalls.CLONE_NEWUTS
+    | syscalls.CLONE_NEWCGROUP
+)
+INSIDE_ID = 1000
+"""The uid and gid that code inside sees as its own, on every host."""
+
+
+class BuildError(Exception):
+    """A step could not be done; `layer` names the part of the sandbox that is missing."""
+
+    def __init__(self, layer: str, cause: str, error_number: int = 0) -> None:
+        super().__init__(f"{layer}: {cause}")
+        self.layer, self.cause, self.error_number = layer, cause, error_number
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"layer": self.layer, "cause": self.cause, "error_number": self.error_number}
+
+
+@contextlib.contextmanager
+def step(layer: str, what: str) -> Iterator[None]:
+    """Names what was tried when the kernel refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(layer, f"{what}: {error}", error.errno or 0) from error
+
+
+def send_event(box: socket.socket, event: str, **values: Any) -> None:
+    """One message to the supervisor. Socket of type SOCK_SEQPACKET: messages of several senders stay whole."""
+    box.send(json.dumps({"event": event, **values}).encode())
+
+
+@contextlib.contextmanager
+def report_failures(box: socket.socket) -> Iterator[None]:
+    """The last thing a stage that cannot be built does is to say why; then its process ends."""
+    try:
+        yield
+    except BuildError as error:
+        with contextlib.suppress(OSError):
+            send_event(box, "failed", **error.as_dict())
+        os._exit(1)
+    except BaseException as error:  # noqa: BLE001  # a forked child must never return into its parent's code
+        with contextlib.suppress(OSError):
+            send_event(box, "failed", layer="internal", cause=f"{type(error).__name__}: {error}")
+        os._exit(1)
+
+
+def write_file(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def write_id_maps(host_proc: int, outside_uid: int, outside_gid: int) -> None:
+    """Map one user and one group. user_namespaces(7): no privilege needed once setgroups is denied."""
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{INSIDE_ID} {outside_uid} 1"),
+        ("gid_map", f"{INSIDE_ID} {outside_gid} 1"),
+    ):
+        descriptor = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=host_proc)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+
+
+def mount_proc(target: str) -> bool:
+    """A proc of this PID namespace that holds nothing but process directories. Whether the host allows it."""
+    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+    try:
+        syscalls.mount("proc", target, "proc", flags, "subset=pid")
+    except OSError:
+        return False  # EPERM where parts of the outer /proc are masked; then there is none inside
+    return True
+
+
+def close_all_but(*keep: int) -> None:
+    """Close every descriptor above standard error that is not named. close_range(2)"""
+    first = 3
+    for descriptor in sorted(fd for fd in set(keep) if fd > 2):
+        syscalls.close_range(first, descriptor - 1)
+        first = descriptor + 1
+    syscalls.close_range(first, 0x7FFFFFFF)
+
+
+def wait_and_exit(pid: int) -> NoReturn:
+    """Reap until `pid` ends, then end. Whatever else lives in a PID namespace dies with its init."""
+    while True:
+        ended, _ = os.wait()
+        if ended == pid:
+            os._exit(0)
+
+
+def run_outer(plan: Plan, box: socket.socket, host_proc: int, layers: list[str]) -> NoReturn:
+    """Leave the base's namespaces for the room's and fork PID 1 of the room."""
+    with report_failures(box):
+        syscalls.set_parent_death_signal(signal.SIGKILL)
+        with step("room", "unshare user, mount, pid, net, ipc, uts, cgroup"):
+            syscalls.unshare(_NAMESPACES)
+        with step("room", "map one user and one group"):
+            write_id_maps(host_proc, INSIDE_ID, INSIDE_ID)
+        with contextlib.suppress(OSError):  # a preference: under memory pressure the host ends us first
+            descriptor = os.open("self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC, dir_fd=host_proc)
+            os.write(descriptor, b"800")
+            os.close(descriptor)
+        os.close(host_proc)
+        pid = os.fork()
+        if pid == 0:
+            _run_init(plan, box, layers)
+        close_all_but(box.fileno())
+        wait_and_exit(pid)
+    os._exit(1)
+
+
+def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
+    """PID 1 of the room, from the first mount to the last reaped process."""
+    with report_failures(box):
+        syscalls.set_parent_death_signal(signal.SIGKILL)
+        # Not dumpable: nobody in here reads this process's memory, descriptors or root. ptrace(2)
+        syscalls.set_dumpable(False)
+        with step("room", "leave the session keyring"), contextlib.suppress(PermissionError):
+            syscalls.join_new_session_keyring()  # EPERM where the host forbids keyctl, to us and to the room
+        _make_writable_places(plan)
+        shared = _share_sockets(plan) if plan["share_at"] else None
+        with step("network namespace", "bring up the room's own loopback"):
+            _bring_up_loopback()
+        socket.sethostname("sandbox")
+        keep = _open_descriptor(plan["keep_fd"])
+        if plan["archive_fd"] is not None:
+            with step("files", "unpack the files into the room"), open(plan["archive_fd"], "rb") as file:
+                _unpack(file, plan["work"])
+        for path, text in plan["room_files"].items():
+            with step("files", f"write {path}"):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                write_file(path, text)
+        _close_walls(plan)
+        layers += ["no capabilities", "no_new_privs", "seccomp", "rlimits", "memory and cpu sampled in total"]
+        _send_ready(box, layers, shared)
+        pid = _start(plan, box)
+        close_all_but(box.fileno(), *([keep.fileno()] if keep else []))
+        status = _reap_until_end(pid, box)
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if keep is not None:
+            _pack(keep, plan["work"], plan["limits"]["files_bytes"])
+        send_event(
+            box,
+            "exited",
+            status=status,
+            cpu_seconds=usage.ru_utime + usage.ru_stime,
+            memory_peak_bytes=usage.ru_maxrss * 1024,
+        )
+    os._exit(0)
+
+
+def _open_descriptor(descriptor: Optional[int]) -> Optional[IO[bytes]]:
+    return None if descriptor is None else open(descriptor, "wb")
+
+
+def _make_writable_places(plan: Plan) -> None:
+    """One tmpfs for all of them, so that their sizes are capped together; a proc and a devpts of the room."""
+    with step("mount namespace", "stop mounts from spreading"):
+        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+    mount_proc("/proc")
+    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
+    limits = plan["limits"]
+    covered = _open_what_will_be_covered(plan)
+    with step("files", "mount the writable places"):
+        options = f"size={limits['files_bytes']},nr_inodes={limits['files_count']},mode=755"
+        syscalls.mount("tmpfs", "/tmp", "tmpfs", flags, options)
+        places = {"/home/student": ("home", 0o755), "/dev/shm": ("shm", 0o1777), "/tmp": ("tmp", 0o1777)}
+        for target, (name, mode) in places.items():  # /tmp last: it covers the way to the others
+            os.mkdir(f"/tmp/{name}")
+            os.chmod(f"/tmp/{name}", mode)
+            syscalls.mount(f"/tmp/{name}", target, None, syscalls.MS_BIND)
+        os.makedirs(plan["work"], exist_ok=True)
+    for target, (tree, is_directory) in covered.items():
+        with step("read-only view", f"show {target} again"):
+            os.makedirs(target if is_directory else os.path.dirname(target), exist_ok=True)
+            if not is_directory:
+                write_file(target, "")
+            syscalls.move_mount(tree, target)
+            os.close(tree)
+    with contextlib.suppress(OSError):  # without one, `!command` in IPython fails and says so
+        syscalls.mount("devpts", "/dev/pts", "devpts", syscalls.MS_NOSUID | syscalls.MS_NOEXEC, "newinstance,ptmxmode=0666")
+
+
+def _open_what_will_be_covered(plan: Plan) -> dict[str, tuple[int, bool]]:
+    """The parts of the view that lie below a writable place, say an environment below /tmp.
+
+    A clone of a locked mount stays read-only: the flag is locked, not only the place.
+    """
+    found = {}
+    for target in plan["below_writable"]:
+        with step("read-only view", f"keep {target}"):
+            if os.path.lexists(target):
+                found[target] = (syscalls.open_tree(target), os.path.isdir(target))
+    return found
+
+
+def _share_sockets(plan: Plan) -> int:
+    """A tiny directory for unix sockets; the descriptor that comes back is a read-only mount of it alone.
+
+    A plain directory descriptor would lead up and out by `..`; a cloned, detached mount has no parent.
+    """
+    with step("sockets", f"mount {plan['share_at']}"):
+        flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+        syscalls.mount("tmpfs", plan["share_at"], "tmpfs", flags, "size=64k,nr_inodes=16,mode=700")
+        tree = syscalls.open_tree(plan["share_at"])
+        syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_RDONLY)
+    return tree
+
+
+def _bring_up_loopback() -> None:
+    """netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS."""
+    get_flags, set_flags, up = 0x8913, 0x8914, 0x1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack("16sH14x", b"lo", 0)
+        (flags,) = struct.unpack_from("H", fcntl.ioctl(sock, get_flags, request), 16)
+        fcntl.ioctl(sock, set_flags, struct.pack("16sH14x", b"lo", flags | up))
+
+
+def _unpack(file: IO[bytes], directory: str) -> None:
+    """Regular files and directories of a tar archive that the supervisor or an earlier room packed."""
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            parts = member.name.split("/")
+            if member.name.startswith("/") or ".." in parts:
+                raise OSError(22, f"a file name that leads out: {member.name!r}")
+            path = os.path.join(directory, member.name)
+            if member.isdir():
+                os.makedirs(path, exist_ok=True)
+            elif member.isreg():
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                mode = 0o755 if member.mode & 0o100 else 0o644
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+                with open(descriptor, "wb") as target:
+                    while block := content.read(1 << 20):
+                        target.write(block)
+
+
+def _pack(file: IO[bytes], directory: str, limit: int) -> None:
+    """The work directory as the code left it: regular files and directories, names and contents, no more.
+
+    Links and special files are left out, and so is what goes over `limit` bytes (sparse files count whole).
+    """
+    room_left = limit
+    with file, tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
+        for where, directories, names in os.walk(directory):
+            for name in [*directories]:
+                with contextlib.suppress(OSError):
+                    os.chmod(os.path.join(where, name), 0o755, follow_symlinks=True)
+            for name in sorted([*directories, *names]):
+                path = os.path.join(where, name)
+                info = tarfile.TarInfo(os.path.relpath(path, directory))
+                try:
+                    if os.path.isdir(path) and not os.path.islink(path):
+                        info.type, info.mode = tarfile.DIRTYPE, 0o755
+                        archive.addfile(info)
+                    elif os.path.isfile(path) and not os.path.islink(path):
+                        os.chmod(path, 0o755 if os.stat(path).st_mode & 0o100 else 0o644)
+                        info.size = os.path.getsize(path)
+                        info.mode = os.stat(path).st_mode & 0o777
+                        if info.size > room_left:
+                            continue
+                        room_left -= info.size
+                        with open(path, "rb") as content:
+                            archive.addfile(info, content)
+                except UnicodeEncodeError:
+                    continue  # a name that no archive can carry
+
+
+def _close_walls(plan: Plan) -> None:
+    """The order matters: what needs a privilege first, the filter that forbids changes last."""
+    with step("capabilities", "drop them all"):
+        syscalls.drop_all_capabilities()
+    with step("no_new_privs", "set"):
+        syscalls.set_no_new_privs()
+    with step("seccomp", "load the filter"):
+        for program in plan["seccomp"]:
+            syscalls.load_seccomp_filter(base64.b64decode(program))
+
+
+def _limit_resources(limits: dict[str, Any]) -> None:
+    """setrlimit(2) for the command and all it starts; the init of the room stays free to pack and report."""
+    bounds = {
+        resource.RLIMIT_NPROC: limits["processes"],
+        resource.RLIMIT_DATA: limits["memory_bytes"],
+        resource.RLIMIT_FSIZE: limits["files_bytes"],
+        resource.RLIMIT_NOFILE: limits["open_files"],
+        resource.RLIMIT_CPU: int(limits["cpu_seconds"]) + 1,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 64 * 1024,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: 1024,
+        resource.RLIMIT_NICE: 0,
+        resource.RLIMIT_RTPRIO: 0,
+    }
+    with step("rlimits", "set resource limits"):
+        for which, value in bounds.items():
+            _, hard = resource.getrlimit(which)
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(which, (value, value))
+
+
+def _send_ready(box: socket.socket, layers: list[str], shared: Optional[int]) -> None:
+    message = json.dumps({"event": "ready", "layers": layers}).encode()
+    ancillary = []
+    if shared is not None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [shared]))]
+    box.sendmsg([message], ancillary)
+    if shared is not None:
+        os.close(shared)
+
+
+def _start(plan: Plan, box: socket.socket) -> int:
+    """Fork and execute the command. Exit code 127: not found, 126: cannot be executed (as env(1))."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        with report_failures(box):
+            _limit_resources(plan["limits"])
+        for number in range(1, signal.NSIG):
+            with contextlib.suppress(OSError, ValueError):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        os.chdir(plan["cwd"])
+        close_all_but(*plan["pass_fds"])
+        for descriptor in plan["pass_fds"]:
+            os.set_inheritable(descriptor, True)
+        os.execvpe(plan["argv"][0], plan["argv"], plan["environment"])
+    except OSError as error:
+        os.write(2, f"isolate: {plan['argv'][0]}: {error.strerror}\n".encode())
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+    finally:
+        os._exit(126)
+
+
+def _reap_until_end(main_pid: int, box: socket.socket) -> int:
+    """Reap everything, obey the supervisor, and when the main process ends kill the rest. Its wait status."""
+    wakeup, wakeup_end = os.pipe()
+    os.set_blocking(wakeup_end, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wakeup_end)
+    poll = select.poll()
+    poll.register(wakeup, select.POLLIN)
+    poll.register(box, select.POLLIN)
+    while True:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == main_pid:
+                _kill_everybody()
+                return status
+            if pid == 0:
+                break
+        for descriptor, _ in poll.poll():
+            if descriptor == wakeup:
+                os.read(wakeup, 512)
+            else:
+                _obey(box, main_pid)
+
+
+def _obey(box: socket.socket, main_pid: int) -> None:
+    command = box.recv(64)
+    if command == b"interrupt":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(main_pid, signal.SIGINT)
+    elif command == b"terminate":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(main_pid, signal.SIGTERM)
+    else:  # b"kill", or the supervisor is gone
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+
+
+def _kill_everybody() -> None:
+    """All processes of this PID namespace but its init. kill(2)"""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1, signal.SIGKILL)
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return

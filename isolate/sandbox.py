@@ -1,0 +1,316 @@
+"""One sandbox, from the side of the process that wants it.
+
+Theory of operation
+-------------------
+Six processes stand in a line; each knows only the next:
+
+    supervisor   the caller: a grader, a server, the command line; any threads, any privileges
+      launcher   isolate.launcher, executed afresh; the host's namespaces; watches limits, cleans up
+        outer    isolate.base; gives up root, leaves the host's namespaces, waits
+          base   PID 1 of the base; lays the read-only view and locks it
+            room's outer      leaves the base's namespaces, waits
+              room's init     isolate.room; PID 1 of the room; closes the walls, reaps, packs
+                command       somebody's code
+
+One SOCK_SEQPACKET socket pair runs along it. Upwards travel small JSON events, written only by our own code
+before or after the command's life and never by the command, whose descriptors do not include it: `ready`
+(the layers in force), `failed` (which layer, why), `exited` (wait status), `gone` (which limit ended it).
+Downwards travel the words interrupt, terminate and kill.
+
+Who ends what: when the command ends, the room's init kills what it left and ends; each outer follows. When a
+limit is reached, or when the supervisor's end of the socket closes (also by `kill -9`), the launcher kills
+the outer; the death signal takes the base's init, and the kernel empties both PID namespaces before it reaps
+that init, for which the launcher waits. When the launcher is killed, the death signals run down the same
+line. Mounts live in the namespaces and go with them; no file on the host belongs to a sandbox.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import isolate
+from isolate import seccomp, uids
+from isolate.policy import HOME, WORK, Bind, Policy, Report, SandboxError
+
+_WRITABLE_PLACES = ("/tmp", HOME, "/dev/shm")
+_MAX_EVENT_BYTES = 65_536
+
+_ETC = {
+    "/etc/passwd": f"student:x:1000:1000:student:{HOME}:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+    "/etc/group": "student:x:1000:\nnogroup:x:65534:\n",
+    "/etc/hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
+    "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+    "/etc/resolv.conf": "",
+}
+
+_REMEDIES = {
+    "namespaces": (
+        "this host does not let us make namespaces: check sysctl user.max_user_namespaces and "
+        "kernel.unprivileged_userns_clone, a container's seccomp profile, or AppArmor's restriction on Ubuntu "
+        "(kernel.apparmor_restrict_unprivileged_userns)"
+    ),
+    "user namespace": "on Ubuntu 24.04 give this program an AppArmor profile with 'userns,'",
+    "read-only view": "Linux 5.12 or newer is needed, and the paths must be readable for the sandbox's user",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What runs in the room, and what it is given besides what the policy shows."""
+
+    argv: Sequence[str]
+    cwd: str = WORK
+    archive: IO[bytes] | None = None
+    """A tar archive (a real file) that is unpacked into the work directory first."""
+    keep: IO[bytes] | None = None
+    """A real file into which the work directory is packed when the command has ended. Not to be parsed outside."""
+    room_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Small files to write into the room's writable places: path -> text."""
+    share_at: str | None = None
+    """Where to mount a tiny directory for unix sockets, whose descriptor is then `Sandbox.shared`."""
+    pass_fds: Sequence[int] = ()
+    stdin: int | IO[bytes] | None = subprocess.DEVNULL
+    stdout: int | IO[bytes] | None = None
+    stderr: int | IO[bytes] | None = None
+
+
+def _is_below(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent.rstrip("/") + "/")
+
+
+def _mount_entries(policy: Policy) -> list[dict[str, Any]]:
+    """What the base lays, parents before children; at the same place a mask comes last and wins."""
+    visible = [(bind, "read-only") for bind in policy.read_only] + [(bind, "writable") for bind in policy.writable]
+    real_sources = [os.path.realpath(bind.source) for bind, _ in visible]
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def show(bind: Bind, kind: str) -> None:
+        source, target = str(bind.source), str(bind.target)
+        if target == "/":
+            raise SandboxError("policy", "the whole file system cannot be made visible", "name directories")
+        try:
+            mode = os.stat(source).st_mode
+        except OSError as error:
+            raise SandboxError("policy", f"the visible path {source} cannot be read: {error.strerror}") from error
+        entry: dict[str, Any] = {"kind": kind, "source": source, "target": target, "directory": stat.S_ISDIR(mode)}
+        if os.path.islink(source):
+            real = os.path.realpath(source)
+            if any(_is_below(real, other) for other in real_sources if other != real) and source == target:
+                entry["link"] = os.readlink(source)  # such as /bin -> usr/bin
+            else:
+                entry["source"] = real
+        entries[target, "visible"] = entry
+
+    for bind, kind in visible:
+        show(bind, kind)
+    for hidden in policy.hidden:
+        real = os.path.realpath(hidden)
+        for (bind, _), source in zip(visible, real_sources, strict=True):
+            if _is_below(real, source):
+                target = os.path.normpath(os.path.join(bind.target, os.path.relpath(real, source)))
+                entries[target, "hidden"] = {"kind": "hidden", "target": target}
+    return sorted(entries.values(), key=lambda entry: (entry["target"].count("/"), entry["kind"] == "hidden"))
+
+
+def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
+    mounts = _mount_entries(policy)
+    directories = [*_WRITABLE_PLACES, "/run", "/root"]
+    if command.share_at is not None:
+        directories.append(command.share_at)
+    return {
+        "uid": uid,
+        "gid": uid,
+        "mounts": mounts,
+        "below_writable": [
+            entry["target"]
+            for entry in mounts
+            if entry["kind"] != "hidden" and any(_is_below(entry["target"], place) for place in _WRITABLE_PLACES)
+        ],
+        "files": _ETC,
+        "directories": directories,
+        "root_inodes": 2048 + 16 * len(mounts),
+        "limits": dataclasses.asdict(policy.limits),
+        "seccomp": [base64.b64encode(program).decode() for program in seccomp.compiled_filters()],
+        "argv": list(command.argv),
+        "environment": dict(policy.environment),
+        "cwd": command.cwd,
+        "work": WORK,
+        "archive_fd": command.archive.fileno() if command.archive else None,
+        "keep_fd": command.keep.fileno() if command.keep else None,
+        "room_files": dict(command.room_files),
+        "share_at": command.share_at,
+        "pass_fds": list(command.pass_fds),
+    }
+
+
+class Sandbox:
+    """A running sandbox; a context manager that leaves nothing when it closes.
+
+    Raises `SandboxError` on entry when any layer cannot be built. Inside the `with`, the command runs;
+    `wait` returns the report. Not for use by several threads at once.
+    """
+
+    def __init__(self, policy: Policy, command: Command) -> None:
+        self._policy, self._command = policy, command
+        self._stack = contextlib.ExitStack()
+        self._events: dict[str, dict[str, Any]] = {}
+        self._killed = False
+        self.layers: tuple[str, ...] = ()
+        self.shared: int | None = None
+        self.finished = False
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._launch(stack)
+            self._stack = stack.pop_all()
+        try:
+            while "ready" not in self._events and not self.finished:
+                self.receive()
+            self._raise_failure()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _launch(self, stack: contextlib.ExitStack) -> None:
+        leased = stack.enter_context(uids.lease())
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket = stack.enter_context(ours)
+        with theirs, open(os.memfd_create("isolate-plan"), "w+b") as plan_file:
+            plan = _plan(self._policy, self._command, leased[0] if leased else None)
+            plan_file.write(json.dumps(plan).encode())
+            plan_file.seek(0)
+            files = [file.fileno() for file in (self._command.archive, self._command.keep) if file]
+            lease_fds = [leased[1]] if leased else []
+            package = os.path.dirname(os.path.dirname(os.path.abspath(isolate.__file__)))
+            start = f"import sys; sys.path.append({package!r}); from isolate.launcher import main; sys.exit(main(*map(int, sys.argv[1:])))"
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-B", "-c", start, str(theirs.fileno()), str(plan_file.fileno())],
+                    env={},
+                    cwd="/",
+                    stdin=self._command.stdin,
+                    stdout=self._command.stdout,
+                    stderr=self._command.stderr,
+                    pass_fds=[theirs.fileno(), plan_file.fileno(), *files, *lease_fds, *self._command.pass_fds],
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise SandboxError("launcher", f"cannot be started: {error}") from error
+        stack.callback(process.wait)
+
+    def fileno(self) -> int:
+        """Readable when `receive` has something to say: for selectors."""
+        return self._socket.fileno()
+
+    def receive(self) -> dict[str, Any] | None:
+        """Take the next event; None, and `finished`, when the launcher and all below it have ended."""
+        data, descriptors, _, _ = socket.recv_fds(self._socket, _MAX_EVENT_BYTES, 1)
+        if not data:
+            self.finished = True
+            return None
+        event: dict[str, Any] = json.loads(data)
+        if descriptors:
+            self.shared = descriptors[0]
+            self._stack.callback(os.close, self.shared)
+        if event["event"] == "ready":
+            self.layers = tuple(event["layers"])
+        self._events.setdefault(event["event"], event)
+        return event
+
+    def _raise_failure(self) -> None:
+        failed = self._events.get("failed")
+        if failed:
+            raise SandboxError(failed["layer"], failed["cause"], _REMEDIES.get(failed["layer"], ""))
+        if self.finished and "gone" not in self._events:
+            raise SandboxError("launcher", "it ended without a word; the host may be out of memory or processes")
+
+    def send(self, word: str) -> None:
+        """`interrupt` (SIGINT to the command's process group), `terminate` (SIGTERM) or `kill` (everything)."""
+        self._killed = self._killed or word == "kill"
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.send(word.encode())
+
+    def wait(self, timeout: float | None = None) -> Report:
+        """Wait until nothing of the sandbox is left, and say how it went.
+
+        Raises `TimeoutError` after `timeout` seconds, with the sandbox still running, and `SandboxError` when
+        the host failed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            while not self.finished:
+                left = None if deadline is None else deadline - time.monotonic()
+                if not selector.select(left) and left is not None and left <= 0:
+                    raise TimeoutError("the sandbox is still running")
+                if left is None or left > 0:
+                    self.receive()
+        return self.report()
+
+    def report(self) -> Report:
+        """How it went; only when `finished`."""
+        self._raise_failure()
+        gone, exited = self._events["gone"], self._events.get("exited")
+        exited_cpu = exited["cpu_seconds"] if exited else 0.0
+        common: dict[str, Any] = {
+            "wall_seconds": round(gone["wall_seconds"], 3),
+            "cpu_seconds": round(max(gone["cpu_seconds"], exited_cpu), 3),
+            "memory_peak_bytes": max(gone["memory_peak_bytes"], exited["memory_peak_bytes"] if exited else 0),
+            "layers": self.layers,
+        }
+        if exited is None:
+            limit = gone["limit"]
+            if limit == "owner" or (limit is None and self._killed):
+                return Report("killed", **common)
+            if limit is None:
+                raise SandboxError("room", "its init ended without a word; the host may be out of memory")
+            return Report("limit", limit=limit, message=self._explain(limit), **common)
+        if self._killed:
+            return Report("killed", **common)
+        code = os.waitstatus_to_exitcode(exited["status"])
+        if code >= 0:
+            return Report("exited", exit_code=code, **common)
+        limit_of_signal = {signal.SIGXCPU: "cpu", signal.SIGXFSZ: "files"}.get(signal.Signals(-code))
+        if limit_of_signal is None and -code == signal.SIGKILL and exited_cpu >= self._policy.limits.cpu_seconds:
+            limit_of_signal = "cpu"
+        if limit_of_signal:
+            return Report("limit", limit=limit_of_signal, message=self._explain(limit_of_signal), **common)
+        return Report("signal", signal=-code, message=f"ended by {signal.Signals(-code).name}", **common)
+
+    def _explain(self, limit: str) -> str:
+        return explain_limit(limit, self._policy)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.finished:
+            self.send("kill")
+        self._socket.close()  # the launcher ends what is left when this end is gone
+        self._stack.close()
+
+
+def explain_limit(limit: str, policy: Policy) -> str:
+    """One sentence for people: which limit, and how much it was."""
+    limits = policy.limits
+    mib = 1024 * 1024
+    return {
+        "wall": f"the wall limit of {limits.wall_seconds:g} s was reached",
+        "cpu": f"the cpu limit of {limits.cpu_seconds:g} s of processor time was reached",
+        "memory": f"the memory limit of {limits.memory_bytes / mib:g} MiB for all processes together was reached",
+        "files": f"the file limit of {limits.files_bytes / mib:g} MiB was reached",
+        "output": f"the output limit of {limits.output_bytes / mib:g} MiB was reached",
+    }[limit]

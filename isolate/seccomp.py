@@ -1,0 +1,163 @@
+"""Which system calls a room may make: an allow-list, compiled here and loaded as bytes in the room.
+
+Two programs, because a reader can check them apart: the first allows by name (and refuses namespaces and
+socket families), the second refuses by argument. The kernel runs both and the stricter answer wins.
+
+Compiled with libseccomp (through pyseccomp) in the supervisor's process, because inside a sandbox the
+library could not be found. What is not named below answers ENOSYS, so that a C library falls back to an older
+call; what is refused on purpose and tells the caller so is in `_REFUSED`. Foreign architectures kill.
+Sources: syscalls(2), seccomp(2), the published default profile of Docker (moby/profiles/seccomp).
+"""
+
+import errno
+import functools
+import os
+import socket
+import stat
+from typing import Any
+
+from isolate import syscalls
+from isolate.policy import SandboxError
+
+# One group a line of thought; the comment says why it is harmless inside the namespaces.
+_FILES = """access chdir chmod close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
+fallocate fchdir fchmod fchmodat fchown fchownat chown lchown fcntl fdatasync fgetxattr flistxattr flock
+fremovexattr fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd getdents getdents64 getxattr lgetxattr
+link linkat listxattr llistxattr lremovexattr lseek lsetxattr lstat mkdir mkdirat newfstatat open openat pread64
+preadv preadv2 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv removexattr rename renameat
+renameat2 rmdir sendfile setxattr splice stat statfs statx symlink symlinkat sync sync_file_range syncfs tee
+truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev
+inotify_add_watch inotify_init inotify_init1 inotify_rm_watch"""  # own tmpfs or read-only mounts
+_MEMORY = """brk get_mempolicy madvise mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock munlockall
+munmap pkey_alloc pkey_free pkey_mprotect mbind set_mempolicy map_shadow_stack mseal"""  # bounded by limits
+_PROCESSES = """execve execveat exit exit_group fork vfork wait4 waitid getpgid getpgrp getpid getppid getpriority
+getrlimit getrusage getsid gettid prlimit64 setrlimit setpgid setpriority setsid set_robust_list get_robust_list
+set_tid_address arch_prctl prctl rseq futex futex_waitv futex_wake futex_wait futex_requeue membarrier
+sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
+sched_rr_get_interval sched_setaffinity sched_yield getcpu capget capset restart_syscall kill tgkill tkill
+rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
+rt_tgsigqueueinfo sigaltstack signalfd signalfd4 pause alarm getitimer setitimer pidfd_open pidfd_send_signal
+ioprio_get seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self"""  # own PID namespace
+_IDENTITY = """getegid geteuid getgid getgroups getresgid getresuid getuid setfsgid setfsuid setgid setgroups setregid
+setresgid setresuid setreuid setuid"""  # a single id is mapped and no capability is held
+_TIME = """clock_getres clock_gettime clock_nanosleep gettimeofday nanosleep time times timer_create timer_delete
+timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime"""  # no setting
+_WAITING = """epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old
+eventfd eventfd2 pipe pipe2 poll ppoll pselect6 select"""
+_SOCKETS = """accept accept4 bind connect getpeername getsockname getsockopt listen recv recvfrom recvmmsg recvmsg
+send sendmmsg sendmsg sendto setsockopt shutdown socketpair"""  # own network namespace; families below
+_SYSTEM = """getrandom sysinfo uname io_setup io_submit io_cancel io_destroy io_getevents io_pgetevents ioctl"""
+_ALLOWED = " ".join((_FILES, _MEMORY, _PROCESSES, _IDENTITY, _TIME, _WAITING, _SOCKETS, _SYSTEM)).split()
+
+# Answered with EPERM: the programs that call these should see a plain refusal.
+_REFUSED = """acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init
+finit_module fsconfig fsmount fsopen fspick get_kernel_syms init_module io_uring_enter io_uring_register
+io_uring_setup ioperm iopl ioprio_set kcmp kexec_file_load kexec_load keyctl lookup_dcookie memfd_secret
+migrate_pages mknod mknodat mount mount_setattr move_mount move_pages name_to_handle_at nfsservctl
+open_by_handle_at open_tree perf_event_open pidfd_getfd pivot_root process_madvise
+process_mrelease process_vm_readv process_vm_writev ptrace query_module quotactl quotactl_fd reboot
+request_key sched_setattr sched_setparam sched_setscheduler sethostname setdomainname setns settimeofday
+shmat shmctl shmdt shmget msgctl msgget msgrcv msgsnd semctl semget semop semtimedop stime swapoff swapon
+syslog umount umount2 unshare uselib userfaultfd ustat vhangup""".split()
+
+_NAMESPACE_FLAGS = (
+    syscalls.CLONE_NEWNS
+    | syscalls.CLONE_NEWCGROUP
+    | syscalls.CLONE_NEWUTS
+    | syscalls.CLONE_NEWIPC
+    | syscalls.CLONE_NEWUSER
+    | syscalls.CLONE_NEWPID
+    | syscalls.CLONE_NEWNET
+)
+_SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+# ioctl_tty(2): typing into a terminal, the console's selection.
+_TERMINAL_INJECTION = (0x5412, 0x541C)
+_SUID_BITS = (stat.S_ISUID, stat.S_ISGID)
+_MODE_ARGUMENT = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "creat": 1}
+_OPEN_ARGUMENTS = {"open": (1, 2), "openat": (2, 3)}  # name: (index of flags, index of mode)
+_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
+_PERSONALITIES = (0x0, 0xFFFFFFFF)
+"""PER_LINUX and 'tell me': what a libc or a runtime asks. Turning address randomisation off is refused."""
+
+
+@functools.cache
+def compiled_filters() -> tuple[bytes, ...]:
+    """The filters as classic BPF for this machine, to be loaded in order. Raises `SandboxError`."""
+    try:
+        import pyseccomp  # loads libseccomp.so.2, which a host may lack
+    except (ImportError, RuntimeError, OSError) as error:
+        raise SandboxError(
+            "seccomp",
+            f"libseccomp cannot be loaded: {error}",
+            "install it: apt-get install libseccomp2, or dnf install libseccomp",
+        ) from error
+    try:
+        # The last one loaded must come last because it is the first that forbids loading more.
+        return (_refuse_by_argument(pyseccomp), _allow_by_name(pyseccomp))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SandboxError("seccomp", f"the filter cannot be compiled: {error}") from error
+
+
+class _Rules:
+    """A filter under construction; calls that this architecture or libseccomp does not know are left out."""
+
+    def __init__(self, lib: Any, default: int) -> None:
+        self._lib = lib
+        self._filter = lib.SyscallFilter(default)
+        self._filter.set_attr(lib.Attr.ACT_BADARCH, lib.KILL_PROCESS)
+
+    def add(self, action: int, name: str, *conditions: Any) -> None:
+        try:
+            known = self._lib.resolve_syscall(self._lib.Arch.NATIVE, name) >= 0
+        except (ValueError, OSError):
+            known = False
+        if known:
+            self._filter.add_rule(action, name, *conditions)
+
+    def export(self) -> bytes:
+        with open(os.memfd_create("seccomp"), "w+b") as file:
+            self._filter.export_bpf(file)
+            file.seek(0)
+            return file.read()
+
+
+def _allow_by_name(lib: Any) -> bytes:
+    rules = _Rules(lib, lib.ERRNO(errno.ENOSYS))
+    for name in _ALLOWED:
+        rules.add(lib.ALLOW, name)
+    for name in _REFUSED:
+        rules.add(lib.ERRNO(errno.EPERM), name)
+    for persona in _PERSONALITIES:
+        rules.add(lib.ALLOW, "personality", lib.Arg(0, lib.EQ, persona))
+    # No new namespaces; clone3, whose flags no filter can see, answers ENOSYS and glibc falls back to clone.
+    rules.add(lib.ALLOW, "clone", lib.Arg(0, lib.MASKED_EQ, _NAMESPACE_FLAGS, 0))
+    for family in range(64):
+        if family in _SOCKET_FAMILIES:
+            answer = lib.ALLOW
+        elif family == socket.AF_NETLINK:
+            answer = lib.ERRNO(errno.EINVAL)  # libzmq aborts on EAFNOSUPPORT here
+        else:
+            answer = lib.ERRNO(errno.EAFNOSUPPORT)
+        rules.add(answer, "socket", lib.Arg(0, lib.EQ, family))
+    return rules.export()
+
+
+def _refuse_by_argument(lib: Any) -> bytes:
+    rules = _Rules(lib, lib.ALLOW)
+    refuse = lib.ERRNO(errno.EPERM)
+    low_word = 0xFFFFFFFF  # ioctl(2) ignores the upper half of its request, so the filter must too
+    for request in _TERMINAL_INJECTION:
+        rules.add(refuse, "ioctl", lib.Arg(1, lib.MASKED_EQ, low_word, request))
+    # A set-uid file has no use in here, and a host directory that is writable must not receive one.
+    for bit in _SUID_BITS:
+        for name, index in _MODE_ARGUMENT.items():
+            rules.add(refuse, name, lib.Arg(index, lib.MASKED_EQ, bit, bit))
+        for name, (flags, mode) in _OPEN_ARGUMENTS.items():
+            for creating in (os.O_CREAT, _TMPFILE):
+                rules.add(
+                    refuse,
+                    name,
+                    lib.Arg(flags, lib.MASKED_EQ, creating, creating),
+                    lib.Arg(mode, lib.MASKED_EQ, bit, bit),
+                )
+    return rules.export()

@@ -1,0 +1,1 @@
+"""nbgrader with every student notebook run in a sandbox."""
