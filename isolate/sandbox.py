@@ -160,11 +160,12 @@ class Sandbox:
     """A running sandbox; a context manager that leaves nothing when it closes.
 
     Raises `SandboxError` on entry when any layer cannot be built. Inside the `with`, the command runs;
-    `wait` returns the report. Not for use by several threads at once.
+    `wait` returns the report. Two sandboxes that share sockets share a `lease` (see `isolate.uids`), which the
+    caller holds. Not for use by several threads at once.
     """
 
-    def __init__(self, policy: Policy, command: Command) -> None:
-        self._policy, self._command = policy, command
+    def __init__(self, policy: Policy, command: Command, *, lease: uids.Lease | None = None) -> None:
+        self._policy, self._command, self._lease = policy, command, lease
         self._stack = contextlib.ExitStack()
         self._events: dict[str, dict[str, Any]] = {}
         self._killed = False
@@ -186,15 +187,15 @@ class Sandbox:
         return self
 
     def _launch(self, stack: contextlib.ExitStack) -> None:
-        leased = stack.enter_context(uids.lease())
+        leased = self._lease or stack.enter_context(uids.lease())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = stack.enter_context(ours)
         with theirs, open(os.memfd_create("isolate-plan"), "w+b") as plan_file:
-            plan = _plan(self._policy, self._command, leased[0] if leased else None)
+            plan = _plan(self._policy, self._command, leased.uid if leased else None)
             plan_file.write(json.dumps(plan).encode())
             plan_file.seek(0)
             files = [file.fileno() for file in (self._command.archive, self._command.keep) if file]
-            lease_fds = [leased[1]] if leased else []
+            lease_fds = [leased.holder] if leased else []
             package = os.path.dirname(os.path.dirname(os.path.abspath(isolate.__file__)))
             start = f"import sys; sys.path.append({package!r}); from isolate.launcher import main; sys.exit(main(*map(int, sys.argv[1:])))"
             try:

@@ -1,6 +1,7 @@
 """Which unprivileged user a sandbox runs as when root starts it."""
 
 import contextlib
+import dataclasses
 import os
 import pwd
 import random
@@ -11,6 +12,14 @@ from isolate.policy import SandboxError
 
 _FIRST, _COUNT = 1_879_048_192, 1 << 20
 """A range that no distribution hands out: systemd's docs/UIDS-GIDS.md, "unused" above the container range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """A uid (and the gid of the same number) that is ours as long as somebody holds the descriptor open."""
+
+    uid: int
+    holder: int
 
 
 def _candidates() -> range:
@@ -27,8 +36,8 @@ def _candidates() -> range:
 
 
 @contextlib.contextmanager
-def lease() -> Iterator[tuple[int, int] | None]:
-    """(uid and gid, descriptor that keeps them ours) when we are root; None for an ordinary user.
+def lease() -> Iterator[Lease | None]:
+    """A uid of its own when we are root; None for an ordinary user, who has no other.
 
     The lease is an abstract unix socket: the kernel frees it when its last holder ends, however it ends.
     Hand the descriptor to the processes that use the uid. Raises `SandboxError` when none is free.
@@ -51,6 +60,6 @@ def lease() -> Iterator[tuple[int, int] | None]:
             holder.close()
             continue
         with holder:
-            yield uid, holder.fileno()
+            yield Lease(uid, holder.fileno())
         return
     raise SandboxError("unprivileged user", "no free uid for a sandbox in this user namespace")

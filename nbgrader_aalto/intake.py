@@ -1,19 +1,19 @@
 """Intake: the checks on a submission before anything else reads it during ``nbgrader autograde``.
 
-Stock nbgrader copies a submission with calls that follow links, opens a FIFO and waits, and lets one student's
-metadata end the run for everybody. `inspect_submission` looks at a submission without following or waiting for
-anything; `IntakeExporter` puts it before nbgrader's own first look, by configuration only::
+Stock nbgrader copies a submission with calls that follow links, opens a FIFO and waits, and lets one
+student's metadata end the run for everybody. `inspect_submission` looks at a submission without following or
+waiting for anything; `IntakeExporter` puts it before nbgrader's own first look, by configuration only::
 
     c.Autograde.exporter_class = "nbgrader_aalto.intake.IntakeExporter"
 
 What it refuses to know: sandboxes, the exchange, scores. It never changes a submission.
 
 Links, FIFOs, sockets, devices and odd names are refused everywhere, also in what nbgrader ignores
-(`CourseDirectory.ignore`): whether stock ignores a file depends on globbing its path, which a directory called
-``d[1]`` defeats. Sizes count only for what nbgrader copies or parses.
+(`CourseDirectory.ignore`): whether stock ignores a file depends on globbing its path, which a directory
+called ``d[1]`` defeats. Sizes count only for what nbgrader copies or parses.
 
 Between the inspection and nbgrader's copying lies some time. `submitted/` must therefore belong to the
-instructors, as it does after ``nbgrader collect``; someone who can write there can swap a file after it was seen.
+instructors, as it does after ``nbgrader collect``; who can write there can swap a file after it was seen.
 """
 
 import fnmatch
@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import dateutil.parser
+import dateutil.parser  # type: ignore[import-untyped]
 import nbformat
 from nbconvert.exporters import NotebookExporter
 from nbformat.validator import get_validator, normalize
@@ -41,7 +41,9 @@ from nbgrader.utils import is_grade, is_locked, is_solution, parse_utc
 from traitlets import Bool, Integer
 
 MAX_REFUSALS = 20  # of one submission: enough to see what is wrong, and a million links stay a short message
-MAX_PATH_BYTES = 1024  # relative; far below PATH_MAX (4096), which the longer path in autograded/ must not reach
+MAX_PATH_BYTES = (
+    1024  # relative; far below PATH_MAX (4096), which the longer path in autograded/ must not reach
+)
 MAX_TIMESTAMP_BYTES = 100
 # nbformat explains what is wrong with an invalid notebook by jsonschema, at 55 kB and 1 ms per bad value
 # (a 400 kB notebook took 5.4 GB and 95 s); a valid one costs a hundredth of that.
@@ -59,7 +61,7 @@ _KINDS = {
     stat.S_IFREG: "a regular file",
 }
 _GLOB = re.compile(r"[*?\[]")
-# control characters, line separators, bidirectional embeddings, overrides and isolates, bytes that are not UTF-8
+# control characters, line separators, bidirectional embeddings, overrides and isolates, non-UTF-8 bytes
 _BAD_NAME = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # dateutil opens a zone that is a path, so no component may lead out of the zone database
 _TIMESTAMP = re.compile(r"(?!.*\.\.)(?!.*(?:^|[ :])/)[0-9A-Za-z :.,+/_-]*")
@@ -79,7 +81,7 @@ _SMALLER = "Ask for a smaller submission, or raise the limit {} in nbgrader_conf
 
 @dataclass(frozen=True)
 class IntakeLimits:
-    """What a submission may have. The defaults are those of `IntakeExporter`, whose help texts give the reasons."""
+    """What a submission may have. The help texts of `IntakeExporter` give the reasons for the defaults."""
 
     max_notebook_bytes: int = 50_000_000
     max_notebook_values: int = 250_000
@@ -129,9 +131,9 @@ def inspect_submission(
 ) -> list[Refusal]:
     """Look at the submission in `base`/`inside`; an empty list means that nbgrader may read it.
 
-    `base` is the instructors' and may be reached through links; no component of `inside` may be one. `notebooks`
-    are the names of the files that nbgrader will parse; `ignore` is `CourseDirectory.ignore`. Nothing is raised
-    for what a submission holds or for a file that cannot be read.
+    `base` is the instructors' and may be reached through links; no component of `inside` may be one.
+    `notebooks` are the names of the files that nbgrader will parse; `ignore` is `CourseDirectory.ignore`.
+    Nothing is raised for what a submission holds, nor for a file that cannot be read.
     """
     patterns = () if _GLOB.search(str(base / inside)) else (*ignore, "*.ipynb")
     inspection = _Inspection(notebooks, limits)
@@ -155,7 +157,7 @@ def inspect_submission(
 
 
 class _Inspection:
-    """One look at one tree. Every path is opened relative to its directory's descriptor, never by its whole name."""
+    """One look at one tree, each name opened relative to its directory's descriptor."""
 
     def __init__(self, notebooks: Collection[str], limits: IntakeLimits) -> None:
         self.notebooks, self.limits = notebooks, limits
@@ -172,7 +174,7 @@ class _Inspection:
 
     def name(self, path: PurePosixPath) -> None:
         if _BAD_NAME.search(path.name):
-            self.refuse(path, Unfit("has a control character or bytes that are not UTF-8 in its name", "Rename it"))
+            self.refuse(path, Unfit("has a control character or non-UTF-8 bytes in its name", "Rename it"))
         elif len(os.fsencode(path)) > MAX_PATH_BYTES:
             self.refuse(path, Unfit(f"has a path longer than {MAX_PATH_BYTES} bytes", "Rename it"))
             raise _Enough
@@ -180,12 +182,17 @@ class _Inspection:
     def open_directory(self, parent: int, name: str, path: PurePosixPath) -> int:
         try:
             return os.open(name, _READ | os.O_DIRECTORY, dir_fd=parent)
-        except NotADirectoryError:
-            self.refuse(path, Unfit(f"is {_kind(os.lstat(name, dir_fd=parent))}, not a directory", _BY_HAND))
+        except OSError:
+            status = os.lstat(name, dir_fd=parent)
+            if stat.S_ISDIR(status.st_mode):
+                raise
+            self.refuse(path, Unfit(f"is {_kind(status)}, not a directory", _BY_HAND))
             raise _Enough from None
 
-    def tree(self, directory: int, path: PurePosixPath, patterns: Sequence[str], ignored: bool = False) -> None:
-        """Look at all names below the open `directory`. os.walk, with which stock lists it, visits ignored ones too."""
+    def tree(
+        self, directory: int, path: PurePosixPath, patterns: Sequence[str], ignored: bool = False
+    ) -> None:
+        """Look at all names below the open `directory`, ignored ones too, as os.walk does in stock."""
         if len(path.parts) > self.limits.max_tree_depth:
             self.too_much(path, f"is deeper than {self.limits.max_tree_depth} directories", "max_tree_depth")
             raise _Enough
@@ -193,7 +200,9 @@ class _Inspection:
             for entry in entries:
                 self.entries += 1
                 if self.entries > self.limits.max_entries:
-                    self.too_much(path, f"is part of more than {self.limits.max_entries} files", "max_entries")
+                    self.too_much(
+                        path, f"is part of more than {self.limits.max_entries} files", "max_entries"
+                    )
                     raise _Enough
                 below = path / entry.name
                 self.name(below)
@@ -282,7 +291,7 @@ def _read(directory: int, name: str, most: int) -> bytes:
 
 
 def inspect_timestamp(raw: bytes) -> None:
-    """Raise `Unfit` for a timestamp.txt on which nbgrader crashes, or which it would fill up with today's date."""
+    """Raise `Unfit` for a timestamp.txt that crashes nbgrader, or that it fills up with today's date."""
     text = raw.decode("ascii", "replace").strip()
     advice = "Write the time of the submission into it, like 2026-01-31 12:00:00 UTC, or remove it"
     if not _TIMESTAMP.fullmatch(text):
@@ -291,9 +300,11 @@ def inspect_timestamp(raw: bytes) -> None:
         return  # stock takes it for no timestamp
     try:
         time = parse_utc(text)
-        # the zone is parse_utc's affair; two defaults show which parts of the date the text leaves out
-        words = " ".join(text.split(" ")[:2])
-        dates = {dateutil.parser.parse(words, default=datetime(year, year % 7 + 1, 1)).date() for year in (2000, 2001)}
+        # the zone is the third of three words for parse_utc; two defaults show what the text leaves out
+        words = text.split(" ")
+        date = " ".join(words[:2] if len(words) == 3 else words)
+        defaults = (datetime(2000, 1, 1), datetime(2001, 2, 2))
+        dates = {dateutil.parser.parse(date, default=default).date() for default in defaults}
     except (ValueError, OverflowError, TypeError, AttributeError) as error:
         raise Unfit(f"does not hold a time, but {text!r} ({error})", advice) from None
     if len(dates) > 1 or not 1970 <= time.year < 2200:
@@ -301,7 +312,7 @@ def inspect_timestamp(raw: bytes) -> None:
 
 
 def scan_json(raw: bytes, most_values: int, most_depth: int) -> tuple[int, int]:
-    """(values, depth) of a JSON text, in linear time and without recursion; stops soon after a limit is passed.
+    """(values, depth) of a JSON text, in linear time, without recursion; stops once a limit is passed.
 
     The values are counted as commas and opening brackets, and one: never less than there are, nor more than
     twice as many. A text that is not JSON is measured at least as far as a parser would read it.
@@ -335,11 +346,12 @@ def inspect_notebook(raw: bytes, limits: IntakeLimits) -> None:
         setting = _SMALLER.format("c.IntakeExporter.max_notebook_values")
         raise Unfit(f"holds more than {limits.max_notebook_values} JSON values", setting)
     document = _parse(raw)
-    for cell in _cells(document):
-        tags = cell["metadata"].get("tags", []) if isinstance(cell.get("metadata"), dict) else []
+    for raw_cell in _cells(document):
+        metadata = raw_cell.get("metadata")
+        tags = metadata.get("tags", []) if isinstance(metadata, dict) else []
         if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
             raise Unfit("has a cell whose tags are not a list of words")
-    notebook = _upgrade(document, values)
+    notebook: Any = _upgrade(document, values)
     for number, cell in enumerate(notebook.cells, 1):
         if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict):
             raise Unfit(f"has no metadata in cell {number}")
@@ -370,7 +382,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _cells(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The cells of a parsed notebook of any format (nbformat 1 to 3 keep them in worksheets), whatever its shape."""
+    """The cells of a notebook of any format (2 and 3 keep them in worksheets) and of any shape."""
     worksheets = document.get("worksheets")
     for holder in [document, *(worksheets if isinstance(worksheets, list) else [])]:
         cells = holder.get("cells") if isinstance(holder, dict) else None
@@ -378,17 +390,17 @@ def _cells(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _upgrade(document: dict[str, Any], values: int) -> Any:
-    """The notebook as nbformat 4. What nbformat cannot read is `Unfit`, and so is what it would validate too long."""
+    """The notebook as nbformat 4; `Unfit` if nbformat cannot read it, or would validate it too long."""
     major, minor = document.get("nbformat", 1), document.get("nbformat_minor", 0)
     if major not in nbformat.versions:
         raise Unfit(f"has the unknown format nbformat {major}")
     if major < 4:  # the conversion itself validates
-        _cap_invalid(document, values)
+        _cap_explained(document, values, f"has the old format nbformat {major}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # stock warns of missing cell ids when its turn comes
             reader: Any = nbformat.versions[major]
-            notebook = nbformat.convert(reader.to_notebook_json(document, minor=minor), 4)
+            notebook: Any = nbformat.convert(reader.to_notebook_json(document, minor=minor), 4)
             normalize(notebook)
         language = notebook.metadata.get("language", "")
     except _UNREADABLE as error:
@@ -400,19 +412,20 @@ def _upgrade(document: dict[str, Any], values: int) -> Any:
         if validator is not None:
             validator.validate(notebook)
     except nbformat.ValidationError:
-        _cap_invalid(notebook, values)
+        _cap_explained(notebook, values, "is not a valid notebook")
     return notebook
 
 
-def _cap_invalid(document: dict[str, Any], values: int) -> None:
+def _cap_explained(document: Any, values: int, reason: str) -> None:
+    """Keep what nbformat would explain at length (see MAX_INVALID_VALUES) to a bearable size."""
     cells = (json.dumps(cell).encode() for cell in _cells(document))
     most = MAX_INVALID_CELL_VALUES
     if values > MAX_INVALID_VALUES or any(scan_json(cell, most, values)[0] > most for cell in cells):
-        raise Unfit("is not a valid notebook, and too large for nbformat to say why")
+        raise Unfit(f"{reason}, and is too large to be accepted so")
 
 
 def _inspect_nbgrader(meta: Any, number: int) -> None:
-    """Refuse the nbgrader metadata that nbgrader neither overwrites nor survives (nbgraderformat/common.py)."""
+    """Refuse the metadata that nbgrader neither overwrites nor survives (nbgraderformat/common.py)."""
     if not isinstance(meta, dict):
         raise Unfit(f"has garbled nbgrader metadata in cell {number}")
     version = meta.get("schema_version", 0)
@@ -424,3 +437,212 @@ def _inspect_nbgrader(meta: Any, number: int) -> None:
     needed = any(meta.get(key) for key in ("grade", "solution", "locked", "task"))
     if not isinstance(meta.get("grade_id", None if needed else ""), str):
         raise Unfit(f"has no grade_id, or one that is not text, in cell {number}")
+
+
+class IntakeExporter(NotebookExporter):  # type: ignore[misc]  # nbconvert is untyped
+    """A `NotebookExporter` that has each submission inspected before nbgrader's Autograde touches it.
+
+    Theory of operation. `BaseConverter.start` finds the submissions by name, makes its exporter, and calls
+    its own `convert_notebooks`. Made by an Autograde, this exporter wraps three methods of that one object,
+    until `convert_notebooks` returns. `init_destination`, where each student's turn begins, inspects, and
+    answers False for a refused submission, so that stock leaves what it autograded earlier where it is;
+    `convert_single_notebook` keeps metadata of a wrong schema from ending the run for everybody;
+    `convert_notebooks` raises at the end if anyone was refused. For others it is a NotebookExporter.
+    """
+
+    max_notebook_bytes = Integer(
+        50_000_000,
+        help="Largest notebook, in bytes. nbgrader holds several copies in memory.",
+    ).tag(config=True)
+    max_notebook_values = Integer(
+        250_000,
+        help="Most JSON values in a notebook. Each may cost 1.3 kB of memory, whatever it takes in the file.",
+    ).tag(config=True)
+    max_notebook_depth = Integer(
+        100,
+        help="Deepest nesting of JSON in a notebook. nbformat recurses; Python's stack has 1,000 calls.",
+    ).tag(config=True)
+    max_file_bytes = Integer(
+        None, allow_none=True, help="Largest other file, in bytes. Default: CourseDirectory.max_file_size."
+    ).tag(config=True)
+    max_tree_bytes = Integer(
+        None, allow_none=True, help="Most bytes in a submission. Default: CourseDirectory.max_dir_size."
+    ).tag(config=True)
+    max_entries = Integer(
+        10_000, help="Most files and directories in a submission, those that nbgrader ignores included."
+    ).tag(config=True)
+    max_tree_depth = Integer(32, help="Most directories inside one another in a submission.").tag(config=True)
+    allow_hard_links = Bool(
+        False,
+        help="""Accept files with several names. A collected submission has none; a student's hard link may
+        be another person's file. For courses whose backups or snapshots are made of hard links.""",
+    ).tag(config=True)
+
+    def __init__(self, config: Any = None, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self._refused: dict[tuple[str, str], list[Refusal]] = {}
+        self._known: dict[str, frozenset[str]] = {}
+        if isinstance(self.parent, Autograde):
+            self._set_aside_unmatched(self.parent)
+            self._wrap(self.parent)
+
+    def from_notebook_node(self, nb: Any, resources: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+        """As in stock, except that a copied test cell does not end the run (see `forget_duplicates`)."""
+        if isinstance(self.parent, Autograde):
+            for grade_id in forget_duplicates(nb):
+                student = (resources or {}).get("nbgrader", {}).get("student")
+                self.log.warning(
+                    "Student %s has cell '%s' several times; the last is graded", student, grade_id
+                )
+        exported: tuple[Any, Any] = super().from_notebook_node(nb, resources, **kwargs)
+        return exported
+
+    def limits(self) -> IntakeLimits:
+        """The limits in force for the course. nbgrader's kilobytes have 1,000 bytes."""
+        course = self.parent.coursedir
+        files, tree = self.max_file_bytes, self.max_tree_bytes
+        return IntakeLimits(
+            max_notebook_bytes=self.max_notebook_bytes,
+            max_notebook_values=self.max_notebook_values,
+            max_notebook_depth=self.max_notebook_depth,
+            max_file_bytes=1000 * course.max_file_size if files is None else files,
+            max_tree_bytes=1000 * course.max_dir_size if tree is None else tree,
+            max_entries=self.max_entries,
+            max_tree_depth=self.max_tree_depth,
+            allow_hard_links=self.allow_hard_links,
+        )
+
+    def _set_aside_unmatched(self, converter: Any) -> None:
+        """Refuse at once the directories at whose name stock's loop would raise (".*" matches no newline)."""
+        pattern = converter._format_source("(?P<assignment_id>.*)", "(?P<student_id>.*)", escape=True)
+        for directory in [name for name in converter.assignments if re.match(pattern, name) is None]:
+            del converter.assignments[directory]
+            self._refuse(
+                converter.coursedir.assignment_id,
+                printable(os.path.relpath(directory, converter.coursedir.root)),
+                [Refusal("its directory", "has a control character in its name", "Rename it")],
+            )
+
+    def _wrap(self, converter: Any) -> None:
+        names = ("init_destination", "convert_single_notebook", "convert_notebooks")
+        stock = {name: getattr(converter, name) for name in names}
+
+        def init_destination(assignment_id: str, student_id: str) -> bool:
+            if student_id not in converter.coursedir.student_id_exclude.split(","):
+                refusals = self._inspect(converter, assignment_id, student_id)
+                if refusals:
+                    self._refuse(assignment_id, student_id, refusals)
+                    return False
+            return bool(stock["init_destination"](assignment_id, student_id))
+
+        def convert_single_notebook(filename: str) -> None:
+            try:
+                stock["convert_single_notebook"](filename)
+            except SchemaMismatchError as error:  # stock would stop here, and grade nobody else
+                raise NbGraderException(f"{printable(filename)}: nbgrader metadata: {error}") from error
+
+        def convert_notebooks() -> None:
+            try:
+                stock["convert_notebooks"]()
+            except NbGraderException as error:
+                self._report(str(error))
+                raise
+            finally:
+                for name in names:
+                    setattr(converter, name, stock[name])
+            self._report()
+
+        converter.init_destination = init_destination
+        converter.convert_single_notebook = convert_single_notebook
+        converter.convert_notebooks = convert_notebooks
+
+    def _inspect(self, converter: Any, assignment_id: str, student_id: str) -> list[Refusal]:
+        course = converter.coursedir
+        source = os.path.normpath(converter._format_source(assignment_id, student_id))
+        if any(os.path.dirname(path) != source for path in map(os.path.normpath, converter.notebooks)):
+            # glob took a student called "a[b]" for a pattern and found the notebooks of the student "ab"
+            return [
+                Refusal("its directory", "has a name that is a wildcard for another student's", "Rename it")
+            ]
+        base, inside = split_source(course, converter._input_directory, student_id, assignment_id)
+        refusals = inspect_submission(base, inside, (), self.limits(), course.ignore)
+        if refusals or self._unchanged(converter, assignment_id, student_id):
+            return refusals
+        names = self._notebooks(course, assignment_id) & {
+            os.path.basename(path) for path in converter.notebooks
+        }
+        return inspect_submission(base, inside, names, self.limits(), course.ignore)
+
+    def _unchanged(self, converter: Any, assignment_id: str, student_id: str) -> bool:
+        """Whether stock will skip the submission as already autograded, so that parsing it is for nothing."""
+        course, done = converter.coursedir, converter._format_dest(assignment_id, student_id)
+        paths = [os.path.join(done, os.path.basename(path)) for path in converter.notebooks]
+        if converter.force or not all(map(os.path.exists, [done] if course.notebook_id == "*" else paths)):
+            return False
+        new = course.get_existing_timestamp(converter._format_source(assignment_id, student_id))
+        old = course.get_existing_timestamp(done)
+        return new is None or old is None or new <= old
+
+    def _notebooks(self, course: Any, assignment_id: str) -> frozenset[str]:
+        """The files that nbgrader will parse. It skips other notebooks, and reports an unknown assignment."""
+        if assignment_id not in self._known:
+            with Gradebook(course.db_url, course.course_id) as gradebook:
+                try:
+                    notebooks = gradebook.find_assignment(assignment_id).notebooks
+                except MissingEntry:
+                    notebooks = []
+                self._known[assignment_id] = frozenset(f"{notebook.name}.ipynb" for notebook in notebooks)
+        return self._known[assignment_id]
+
+    def _refuse(self, assignment_id: str, student_id: str, refusals: list[Refusal]) -> None:
+        self._refused[assignment_id, student_id] = refusals
+        for refusal in refusals:
+            self.log.error(
+                "Refused: student %s, assignment %s: %s",
+                printable(student_id),
+                printable(assignment_id),
+                refusal,
+            )
+
+    def _report(self, other: str = "") -> None:
+        """Raise what the instructor must know, with stock's own message if others failed in another way."""
+        if not self._refused:
+            return
+        lines = [
+            f"  {printable(student)} ({printable(assignment)}): {'; '.join(map(str, refusals))}"
+            for (assignment, student), refusals in self._refused.items()
+        ]
+        message = (
+            f"{len(lines)} submission(s) refused, not graded; earlier results of theirs are kept:\n"
+            + "\n".join(lines)
+        )
+        self.log.error(message)
+        raise NbGraderException("\n".join(filter(None, [other, message])))
+
+
+def split_source(course: Any, step: str, student_id: str, assignment_id: str) -> tuple[Path, PurePosixPath]:
+    """The path of a submission, cut where the student's own part begins; above are the instructors."""
+    source = PurePosixPath(course.format_path(step, student_id, assignment_id))
+    template = PurePosixPath(course.directory_structure).parts
+    first = next((i for i, part in enumerate(template) if "{student_id}" in part), len(template) - 1)
+    own = len(template) - first
+    return Path(*source.parts[:-own]), PurePosixPath(*source.parts[-own:])
+
+
+def forget_duplicates(notebook: Any) -> list[str]:
+    """Take the nbgrader metadata from all but the last of the cells with one grade_id; returns those ids.
+
+    nbgrader's DeduplicateIds keeps the last one too, but leaves the others with empty metadata, which its own
+    check then takes for an old schema: a student who copied a test cell ended the run for everybody (0.9.6).
+    """
+    seen: set[str] = set()
+    duplicates: list[str] = []
+    for cell in reversed(notebook.cells):
+        if not (is_grade(cell) or is_solution(cell) or is_locked(cell)):
+            continue
+        grade_id = cell.metadata["nbgrader"]["grade_id"]
+        if grade_id in seen:
+            duplicates.append(grade_id)
+            del cell.metadata["nbgrader"]
+        seen.add(grade_id)
+    return duplicates

@@ -128,7 +128,10 @@ def steps(n):
 def longest_start(limit):
     return max(range(1, limit), key=steps)
 """,
-        "own_function": 'print("Starts below 20 that climb over 100:", [n for n in range(1, 20) if max(collatz(n)) > 100])',
+        "own_function": """\
+high = [n for n in range(1, 20) if max(collatz(n)) > 100]
+print("Starts below 20 that climb over 100:", high)
+""",
         "why_while": "A for loop needs to know how often; here one only knows when to stop.",
     },
     "ps1/text": {
@@ -156,8 +159,8 @@ def load(path):
 """,
         "monthly_means": """\
 def monthly_means(table):
-    months = {m: part.groupby("station")["temperature"].mean() for m, part in table.groupby(table["date"].dt.month)}
-    return pd.DataFrame(months).T
+    by_month = table.groupby(table["date"].dt.month)
+    return pd.DataFrame({m: part.groupby("station")["temperature"].mean() for m, part in by_month}).T
 """,
         "moving_average": """\
 def moving_average(x, width):

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import nbformat
+
 TOKENS = ("environment", "submission", "hidden", "gradebook", "tutors", "home", "config")
 
 
@@ -77,8 +79,8 @@ class Canaries:
         self.tutors_file.write_text(f"the tutors' password is {self.tokens['tutors']}\n")
         self._insert("course/nbgrader_config.py", "c = get_config()", f"# {self.tokens['config']}")
         hidden = f"hidden_canary = '{self.tokens['hidden']}'"
-        for line in ("### BEGIN HIDDEN TESTS\\n",):
-            self._insert("course/source/ps1/functions.ipynb", f'"{line}",', f'"{hidden}\\n",')
+        begin = '"### BEGIN HIDDEN TESTS\\n",'
+        self._insert("course/source/ps1/functions.ipynb", begin, f'"{hidden}\\n",')
 
     def _insert(self, name: str, after: str, line: str) -> None:
         path = self.root / name
@@ -89,10 +91,9 @@ class Canaries:
 
     def plant_in_submission(self, notebook: Path) -> None:
         """Put a token into a student's work, where other students' notebooks look for it."""
-        text = notebook.read_text()
-        notebook.write_text(text.replace("odd_share(27)", f"odd_share(27)  # {self.tokens['submission']}\\n", 1))
-        if self.tokens["submission"] not in notebook.read_text():
-            raise ValueError(f"{notebook.name} has no place for a canary")
+        content = nbformat.read(notebook, as_version=4)
+        content.cells.append(nbformat.v4.new_markdown_cell(f"My own notes: {self.tokens['submission']}"))
+        nbformat.write(content, notebook)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -144,7 +145,8 @@ class Canaries:
             "gradebook.db": course / "gradebook.db",
             "nbgrader_config.py": course / "nbgrader_config.py",
             "source notebook": course / "source/ps1/functions.ipynb",
-            "autograded notebook with its hidden tests": course / "autograded/mallory-reads/ps1/functions.ipynb",
+            "autograded notebook with its hidden tests": course
+            / "autograded/mallory-reads/ps1/functions.ipynb",
             "submission of aino": course / "submitted/aino/ps1/functions.ipynb",
             "autograded notebook of aino": course / "autograded/aino/ps1/functions.ipynb",
         }

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import nbformat
-from answers import ALSO_RIGHT, HALF, RIGHT, Answers
 from nbformat import NotebookNode
 
+from answers import ALSO_RIGHT, HALF, RIGHT, Answers
+
+# honest: stock nbgrader grades it too; breaking: it hangs, stops or fills the memory of stock nbgrader
 Kind = Literal["honest", "breaking", "hostile"]
 Scores = dict[str, float | None]
 Edit = Callable[[Path, Mapping[str, Any]], None]
@@ -199,7 +201,7 @@ STUDENTS: tuple[Student, ...] = (
     Student(
         "greta",
         "copied a test cell together with its id",
-        "honest",
+        "breaking",
         PS1,
         RIGHT,
         scores(),

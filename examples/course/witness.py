@@ -1,6 +1,6 @@
 """Watch the host while hostile notebooks run, and compare it with what it was before.
 
-It knows /proc, file systems and notebooks' outputs, but not what a sandbox is: all of this is seen from outside.
+It knows /proc, file systems and the outputs of notebooks, but not what a sandbox is.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from types import TracebackType
 import nbformat
 
 MIB = 1024 * 1024
-INTERVAL_SECONDS = 0.1
+INTERVAL_SECONDS = 0.2
 
 
 def memory_available() -> int:
@@ -36,7 +36,7 @@ def core_pattern() -> str:
 
 
 def marked_processes(marker: str) -> list[int]:
-    """The living processes that carry the marker as their name or in their arguments; zombies do not count."""
+    """The living processes that carry the marker as their name or in their arguments; no zombies."""
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():

@@ -22,7 +22,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def attempt(name: str) -> Callable[[Callable[[], str]], None]:
-    """Run the decorated attack at once and print one line about it; whatever it raises is part of the line."""
+    """Run the decorated attack at once and print one line about it, with whatever it raises."""
 
     def run(attack: Callable[[], str]) -> None:
         try:

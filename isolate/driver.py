@@ -1,0 +1,345 @@
+"""The driver room's program: speaks the Jupyter protocol with a kernel that may be hostile.
+
+It runs inside a sandbox of its own with no file of anybody's, because whoever parses what student code sends
+is a target: a print loop alone fills the memory of an ordinary client. Sockets are reached through the
+descriptor of a directory; the result is one JSON document on a pipe. Losing this process loses one notebook.
+
+nbclient executes the cells, as nbgrader's own Execute does, so that outputs, display updates, widgets and
+timeouts mean the same. What is different: input is counted before it is parsed and cut at a budget; nothing
+polls; a cell that ends badly is recorded and never raises out of here.
+
+Arguments: numbers of the descriptors of the sockets' directory, the result, the progress, the words.
+Standard input: the job (see `isolate.notebook`).
+"""
+
+import asyncio
+import json
+import os
+import queue
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import nbformat
+import zmq
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from traitlets import Type
+
+PROGRESS = struct.Struct("<II")
+"""A progress record: cell index, state. Fixed in size, so that its reader needs no parser."""
+STARTED, FINISHED, INTERRUPT, KILL, READY = 1, 2, 3, 4, 5
+OUT_OF_MEMORY_CODE = 77
+"""Exit code when the kernel's messages did not fit into the driver's memory."""
+
+_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+MAX_NESTING = 64
+"""Lists and dicts of an output nest at most this deep."""
+ODD_MESSAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError)
+"""What a message that breaks the protocol's rules can raise in jupyter_client, nbclient and nbformat."""
+_MAX_INTERRUPTS = 3
+_WIDGET_STATE_BYTES = 4 * 1024 * 1024
+
+
+class Budget:
+    """How many bytes of output are still wanted, for this cell and for the notebook."""
+
+    def __init__(self, cell_bytes: int, total_bytes: int) -> None:
+        self._cell_bytes, self.total_left = cell_bytes, total_bytes
+        self._left, self.cut = 0, False
+
+    def start_cell(self) -> None:
+        self._left, self.cut = min(self._cell_bytes, self.total_left), False
+
+    def take(self, size: int) -> bool:
+        """Whether a message of this size is still wanted; none is, once one was not."""
+        if self.cut or size > self._left:
+            self.cut = True
+            return False
+        self._left -= size
+        self.total_left -= size
+        return True
+
+
+class GuardedChannel(AsyncZMQSocketChannel):
+    """A channel that drops what is no message of this protocol, and what is over the budget before parsing it."""
+
+    budget: Budget | None = None
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+        """The next message; raises `queue.Empty` after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if deadline is not None and not await self.socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+                raise queue.Empty
+            message = self._parse(await self.socket.recv_multipart())
+            if message is not None:
+                return message
+
+    def _parse(self, frames: list[bytes]) -> dict[str, Any] | None:
+        try:
+            _, parts = self.session.feed_identities(frames)
+            is_status = b'"status"' in parts[1] and len(parts[4]) < 1024
+            if self.budget and not is_status and not self.budget.take(sum(map(len, frames))):
+                return None
+            message: dict[str, Any] = self.session.deserialize(parts, copy=True)
+        except ODD_MESSAGE:
+            return None
+        well_formed = isinstance(message.get("content"), dict) and isinstance(message.get("parent_header"), dict)
+        return message if well_formed and nesting(message["content"]) <= MAX_NESTING else None
+
+
+def nesting(value: object) -> int:
+    """How deep lists and dicts nest, without recursion."""
+    deepest = 0
+    waiting: list[tuple[object, int]] = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        if isinstance(item, dict):
+            waiting.extend((child, depth + 1) for child in item.values())
+        elif isinstance(item, list):
+            waiting.extend((child, depth + 1) for child in item)
+    return deepest
+
+
+class RoomClient(AsyncKernelClient):
+    """A client whose kernel lives in another room: whether it is alive is the supervisor's word."""
+
+    iopub_channel_class = Type(GuardedChannel)
+    shell_channel_class = Type(GuardedChannel)
+    alive = True
+
+    def _create_connected_socket(self, channel: str, identity: bytes | None = None) -> Any:
+        socket_type = {"shell": zmq.DEALER, "control": zmq.DEALER, "stdin": zmq.DEALER, "iopub": zmq.SUB, "hb": zmq.REQ}
+        sock = self.context.socket(socket_type[channel])
+        sock.linger = 0
+        sock.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        sock.setsockopt(zmq.RECONNECT_IVL, 5)
+        if identity:
+            sock.identity = identity
+        sock.connect(self._make_url(channel))
+        return sock
+
+    async def is_alive(self) -> bool:
+        return self.alive
+
+
+class RoomKernel:
+    """What nbclient wants of a kernel manager: here, words to the supervisor."""
+
+    def __init__(self, driver: "Driver") -> None:
+        self._driver = driver
+        self._interrupts = 0
+
+    @property
+    def interrupted(self) -> bool:
+        return self._interrupts > 0
+
+    def start_cell(self) -> None:
+        self._interrupts = 0
+
+    async def interrupt_kernel(self) -> None:
+        self._interrupts += 1
+        if self._interrupts > _MAX_INTERRUPTS:
+            self._driver.tell(KILL)
+            return
+        if self._driver.job["interrupt_mode"] == "message":
+            client = self._driver.client
+            client.control_channel.send(client.session.msg("interrupt_request", {}))
+        else:
+            self._driver.tell(INTERRUPT)
+
+
+class CellRunner(NotebookClient):
+    """nbclient's execution of one cell, with nbgrader's rule that an error is always recorded in the cell."""
+
+    def on_error_in_reply(self, *, cell: Any, cell_index: int, execute_reply: Mapping[str, Any]) -> None:
+        """As nbgrader.preprocessors.Execute.on_cell_executed: also where `showtraceback` was disabled."""
+        content = execute_reply["content"]
+        if content.get("status") != "error":
+            return
+        name = str(content.get("ename", "Error"))
+        if any(output.output_type == "error" and output.ename == name for output in cell.outputs):
+            return
+        traceback = [str(line) for line in content.get("traceback", [])]
+        cell.outputs.append(
+            nbformat.v4.new_output(
+                "error",
+                ename=name,
+                evalue=str(content.get("evalue", "")),
+                traceback=traceback or ["ERROR: An error occurred while showtraceback was disabled"],
+            )
+        )
+
+
+class Driver:
+    """Runs one job and keeps its result."""
+
+    def __init__(self, job: dict[str, Any], progress: int, words: int) -> None:
+        self.job = job
+        self._progress, self._words = progress, words
+        self._cell = 0
+        self.result: dict[str, Any] = {"cells": {}, "language_info": None, "widgets": None}
+        self.client = RoomClient()
+        self.client.load_connection_info(job["connection"])
+        self.client.allow_stdin = False
+        self.budget = Budget(job["cell_output_bytes"], job["output_bytes"])
+        self.kernel = RoomKernel(self)
+        self.runner = self._make_runner()
+
+    def _make_runner(self) -> CellRunner:
+        settings = self.job["settings"]
+        cells = []
+        for cell in self.job["cells"]:
+            new = nbformat.v4.new_code_cell(cell["source"])
+            new.metadata["timeout"] = cell["timeout"]
+            if cell.get("raises"):
+                new.metadata["tags"] = ["raises-exception"]
+            cells.append(new)
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        runner = CellRunner(notebook, km=self.kernel, **settings)
+        runner.timeout_func = lambda cell: cell.metadata["timeout"]
+        runner.on_cell_executed = runner.on_error_in_reply
+        return runner
+
+    def tell(self, state: int) -> None:
+        os.write(self._progress, PROGRESS.pack(self._cell, state))
+
+    async def run(self) -> None:
+        asyncio.get_running_loop().add_reader(self._words, self._hear)
+        self.client.start_channels(shell=True, iopub=True, stdin=False, hb=False, control=True)
+        self.client.iopub_channel.budget = self.budget
+        self.budget.start_cell()
+        try:
+            self.result["language_info"] = await self._wait_until_ready()
+            self.tell(READY)
+            self.runner.kc = self.client
+            self.runner.reset_execution_trackers()
+            for index, cell in enumerate(self.runner.nb.cells):
+                self._cell = index
+                if not self.job["cells"][index]["run"]:
+                    continue
+                if not self.client.alive or not await self._run_cell(index, cell):
+                    break
+            self._keep_widget_state()
+        finally:
+            self.client.stop_channels()
+
+    def _hear(self) -> None:
+        """The supervisor says that the kernel has ended: what it still sent is read, then its cell ends."""
+        os.read(self._words, 64)
+        asyncio.get_running_loop().remove_reader(self._words)
+        asyncio.get_running_loop().call_later(0.1, self._bury)
+
+    def _bury(self) -> None:
+        self.client.alive = False
+        task = self.runner.task_poll_for_reply
+        if task is not None:
+            task.cancel()
+
+    async def _wait_until_ready(self) -> dict[str, Any]:
+        """Ask who the kernel is until both channels have answered: no fixed sleeps, no welcome relied upon."""
+        info: dict[str, Any] | None = None
+        while self.client.alive:
+            self.client.kernel_info()
+            if info is None and await self.client.shell_channel.socket.poll(1000):
+                reply = await self.client.shell_channel.get_msg()
+                if reply["header"]["msg_type"] == "kernel_info_reply":
+                    info = dict(reply["content"].get("language_info", {}))
+            if info is not None and await self.client.iopub_channel.socket.poll(500):
+                return info
+        raise DeadKernelError("the kernel ended before it was ready")
+
+    async def _run_cell(self, index: int, cell: Any) -> bool:
+        """Whether the kernel can go on. What happened is in the result."""
+        record: dict[str, Any] = {"ended": "ok", "detail": ""}
+        self.budget.start_cell()
+        self.kernel.start_cell()
+        self.tell(STARTED)
+        started = time.monotonic()
+        go_on = True
+        try:
+            await self.runner.async_execute_cell(cell, index)
+        except DeadKernelError:
+            record["ended"], go_on = "kernel died", False
+        except CellTimeoutError:
+            # Either the cell's own time is up and may not be interrupted, or its outputs did not end.
+            if self.kernel.interrupted or not self.runner.interrupt_on_timeout:
+                record["ended"], go_on = "stuck", False
+                self.tell(KILL)
+            else:
+                record["ended"] = "iopub timeout"
+        except CellExecutionError:
+            record["ended"], go_on = "stopped", False
+        except ODD_MESSAGE as error:
+            record["ended"], record["detail"] = "odd message", type(error).__name__
+        record["seconds"] = time.monotonic() - started
+        if record["ended"] == "ok" and self.kernel.interrupted:
+            record["ended"] = "timeout"
+        record["cut"] = self.budget.cut
+        # Later cells may update earlier displays, so outputs are gathered at the end.
+        self.result["cells"][index] = record
+        if go_on:
+            self.tell(FINISHED)
+        return go_on
+
+    def _keep_widget_state(self) -> None:
+        if not self.runner.store_widget_state:
+            return
+        self.runner.set_widgets_metadata()
+        widgets = self.runner.nb.metadata.get("widgets")
+        if widgets:
+            if len(json.dumps(widgets)) <= _WIDGET_STATE_BYTES:
+                self.result["widgets"] = widgets
+            else:
+                self.result["widgets_cut"] = True
+
+    def document(self) -> bytes:
+        """The result, in which every string can be written as UTF-8 and no number is NaN."""
+        for index, cell in enumerate(self.runner.nb.cells):
+            record = self.result["cells"].get(index)
+            if record is not None:
+                record["outputs"] = cell.outputs
+                record["execution_count"] = cell.execution_count
+                record["timing"] = cell.metadata.get("execution")
+        text = json.dumps(_finite(self.result), allow_nan=False, ensure_ascii=False)
+        return text.encode("utf-8", "replace")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null, as nbformat and browsers want them."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _blocks(data: bytes) -> Iterator[memoryview]:
+    view = memoryview(data)
+    for start in range(0, len(view), 1 << 16):
+        yield view[start : start + (1 << 16)]
+
+
+def main(sockets: int, result: int, progress: int, words: int) -> int:
+    """Run the job on standard input; exit code 0 when a document was written."""
+    os.fchdir(sockets)
+    try:
+        driver = Driver(json.load(sys.stdin), progress, words)
+        try:
+            asyncio.run(driver.run())
+        except DeadKernelError:
+            driver.result["dead_before_ready"] = True
+        for block in _blocks(driver.document()):
+            while block:
+                block = block[os.write(result, block) :]
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY_CODE)
+    return 0

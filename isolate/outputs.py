@@ -1,0 +1,155 @@
+"""The one reader of what a driver room sends: a bounded JSON document in, plain notebook outputs out.
+
+The driver may have been taken over by the kernel it talks to, so nothing here trusts a type, a name or a
+depth. `parse_document` either returns values that hold nothing but what it names, or raises `SandboxError`.
+"""
+
+import json
+from typing import Any, NoReturn
+
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+
+from isolate.driver import MAX_NESTING, nesting
+from isolate.policy import MIB, Limits, SandboxError
+
+_MAX_OUTPUTS = 100_000
+_ENDINGS = {"ok", "timeout", "stuck", "kernel died", "iopub timeout", "odd message", "stopped"}
+_DOCUMENT_NESTING = MAX_NESTING + 16
+
+
+class _Odd(ValueError):
+    pass
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _Odd(f"the number {name}")
+
+
+def parse_document(document: bytes) -> dict[str, Any]:
+    """`cells` (index -> ended, outputs, execution_count, timing, cut), `language_info`, `widgets`.
+
+    Raises `SandboxError` for a document that is truncated, too deep, not UTF-8, or not of this form.
+    """
+    try:
+        raw = json.loads(document.decode("utf-8"), parse_constant=_refuse_constant)
+        if nesting(raw) > _DOCUMENT_NESTING:
+            raise _Odd("too deeply nested")
+        return {
+            "cells": {_index(key): _record(value) for key, value in _dict(_dict(raw).get("cells")).items()},
+            "language_info": _language_info(raw.get("language_info")),
+            "widgets": _json_dict(raw.get("widgets")),
+        }
+    except (_Odd, ValueError, RecursionError) as error:
+        raise SandboxError("driver", f"it sent a document that cannot be used: {str(error)[:200]}") from error
+
+
+def _dict(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _Odd("an object was expected")
+    return value
+
+
+def _str(value: object) -> str:
+    if not isinstance(value, str):
+        raise _Odd("a text was expected")
+    return value.encode("utf-8", "replace").decode("utf-8")  # no lone surrogates: a file must hold it
+
+
+def _index(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) < 8):
+        raise _Odd("a cell index was expected")
+    return int(key)
+
+
+def _clean(value: Any) -> Any:
+    """JSON whose texts can all be written as UTF-8. The nesting is known to be small."""
+    if isinstance(value, str):
+        return _str(value)
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        return {_str(key): _clean(item) for key, item in value.items()}
+    return value
+
+
+def _json_dict(value: object) -> dict[str, Any] | None:
+    return None if value is None else {_str(key): _clean(item) for key, item in _dict(value).items()}
+
+
+def _language_info(value: object) -> dict[str, Any] | None:
+    info = _json_dict(value)
+    if info is not None and not isinstance(info.get("name"), str):
+        return None
+    return info
+
+
+def _count(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+        raise _Odd("an execution count was expected")
+    return value
+
+
+def _record(value: object) -> dict[str, Any]:
+    record = _dict(value)
+    if record.get("ended") not in _ENDINGS:
+        raise _Odd("an unknown ending of a cell")
+    raw = record.get("outputs")
+    if not isinstance(raw, list) or len(raw) > _MAX_OUTPUTS:
+        raise _Odd("a list of outputs was expected")
+    return {
+        "ended": record["ended"],
+        "outputs": [_output(output) for output in raw],
+        "execution_count": _count(record.get("execution_count")),
+        "timing": _timing(record.get("timing")),
+        "cut": record.get("cut") is True,
+    }
+
+
+def _timing(value: object) -> dict[str, str] | None:
+    if value is None:
+        return None
+    return {_str(key): _str(item)[:64] for key, item in _dict(value).items()}
+
+
+def _output(value: object) -> NotebookNode:
+    raw = _dict(value)
+    kind = raw.get("output_type")
+    if kind == "stream":
+        name = raw.get("name")
+        return new_output("stream", name=name if name in {"stdout", "stderr"} else "stderr", text=_str(raw.get("text")))
+    if kind == "error":
+        lines = raw.get("traceback")
+        if not isinstance(lines, list):
+            raise _Odd("a traceback was expected")
+        return error(_str(raw.get("ename")), _str(raw.get("evalue")), [_str(line) for line in lines])
+    if kind in {"display_data", "execute_result"}:
+        data = {_str(mime): _mime(mime, item) for mime, item in _dict(raw.get("data")).items()}
+        extra = {"execution_count": _count(raw.get("execution_count"))} if kind == "execute_result" else {}
+        return new_output(kind, data=data, metadata=_json_dict(raw.get("metadata")) or {}, **extra)
+    raise _Odd("an unknown kind of output")
+
+
+def _mime(mime: str, value: Any) -> Any:
+    """Text, unless the type is JSON: nbformat's schema, `mimebundle`."""
+    if mime == "application/json" or mime.endswith("+json"):
+        return _clean(value)
+    if isinstance(value, list):
+        return "".join(_str(line) for line in value)
+    return _str(value)
+
+
+def error(name: str, text: str, traceback: list[str] | None = None) -> NotebookNode:
+    """An error output; nbgrader scores a test cell that has one with zero."""
+    lines = [f"\x1b[0;31m{name}\x1b[0m: {text}"] if traceback is None else traceback
+    return new_output("error", ename=name, evalue=text, traceback=lines)
+
+
+def notice(limits: Limits) -> NotebookNode:
+    """What stands where output was cut. On stdout: stderr would cost a test cell its points."""
+    kept, total = limits.cell_output_bytes / MIB, limits.output_bytes / MIB
+    text = f"\n[The rest of this cell's output was cut: at most {kept:g} MiB a cell and {total:g} MiB a notebook are kept.]\n"
+    return new_output("stream", name="stdout", text=text)
+

@@ -1,0 +1,567 @@
+"""Intake: one run of the real `nbgrader autograde` over honest and broken submissions, and the checks alone.
+
+THREATS rows 70a, 74, 75, 76, 78, 79 and 80, as far as they concern autograde.
+"""
+
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import nbformat
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nbgrader.api import Gradebook, MissingEntry
+from traitlets.config import Config
+
+from nbgrader_aalto.intake import (
+    MAX_REFUSALS,
+    IntakeExporter,
+    IntakeLimits,
+    Refusal,
+    Unfit,
+    forget_duplicates,
+    inspect_notebook,
+    inspect_submission,
+    inspect_timestamp,
+    printable,
+    scan_json,
+)
+
+CANARY = "canary-7c1f0b"
+CONFIG = """
+c = get_config()
+c.CourseDirectory.course_id = "course"
+c.Autograde.exporter_class = "nbgrader_aalto.intake.IntakeExporter"
+c.CourseDirectory.student_id_exclude = "excluded"
+c.IntakeExporter.max_notebook_bytes = 2_000_000
+c.IntakeExporter.max_entries = 100
+"""
+Notebook = dict[str, Any]
+
+
+def nbgrader(course: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run nbgrader as a person would, with a time limit, so that a FIFO that is opened fails the test."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # nbgrader starts `alembic`
+    python_path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "nbgrader", *arguments],
+        cwd=course,
+        env={**os.environ, "PATH": path, "PYTHONPATH": python_path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+
+
+def cell(source: str, **flags: Any) -> Notebook:
+    meta = {"grade": False, "solution": False, "locked": False, "schema_version": 3, **flags}
+    made: Notebook = nbformat.v4.new_code_cell(source, metadata={"nbgrader": meta})
+    return made
+
+
+def notebook() -> Notebook:
+    made: Notebook = nbformat.v4.new_notebook(
+        cells=[
+            cell("### BEGIN SOLUTION\nx = 1\n### END SOLUTION", grade_id="answer", solution=True),
+            cell("assert x == 1", grade_id="test", grade=True, locked=True, points=2),
+        ],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    return made
+
+
+# --- ways to break a submission: each gets its directory, whose p1.ipynb is right until then
+
+
+def edit(change: Callable[[Notebook], Any]) -> Callable[[Path], None]:
+    def breaker(submission: Path) -> None:
+        document = json.loads((submission / "p1.ipynb").read_text())
+        change(document)
+        (submission / "p1.ipynb").write_text(json.dumps(document))
+
+    return breaker
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda submission: (submission / name).write_bytes(content)
+
+
+def swap(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def breaker(submission: Path) -> None:
+        (submission / name).parent.mkdir(exist_ok=True)
+        (submission / name).unlink(missing_ok=True)
+        make(submission / name)
+
+    return breaker
+
+
+def link(submission_file: Path) -> None:
+    submission_file.symlink_to(outside(submission_file) / "secret.txt")
+
+
+def outside(path: Path) -> Path:
+    return next(parent for parent in path.parents if (parent / "outside").is_dir()) / "outside"
+
+
+def linked_directory(path: Path) -> None:
+    shutil.copytree(path, outside(path) / path.parent.name / "ps1")
+    shutil.rmtree(path)
+    path.symlink_to(outside(path) / path.parent.name / "ps1")
+
+
+def linked_student(path: Path) -> None:
+    shutil.copytree(path, outside(path) / path.parent.name / "ps1")
+    shutil.rmtree(path.parent)
+    path.parent.symlink_to(outside(path) / path.parent.name)
+
+
+def unix_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's path has at most 107 bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def deep_tree(submission: Path) -> None:
+    submission.joinpath(*["d"] * 40).mkdir(parents=True)
+
+
+def many_files(submission: Path) -> None:
+    for number in range(120):
+        (submission / f"{number}.txt").touch()
+
+
+def sparse(submission: Path) -> None:
+    with open(submission / "large.bin", "wb") as file:
+        file.truncate(101_000_000)
+
+
+def meta(**changes: Any) -> Callable[[Path], None]:
+    return edit(lambda nb: nb["cells"][1]["metadata"]["nbgrader"].update(changes))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "link_to_file": (swap("data.txt", link), "is a symbolic link"),
+    "link_notebook": (swap("p1.ipynb", link), "is a symbolic link"),
+    "link_assignment": (linked_directory, "is a symbolic link, not a directory"),
+    "link_student": (linked_student, "is a symbolic link, not a directory"),
+    "link_in_ignored": (swap("__pycache__/a.pyc", link), "is a symbolic link"),
+    "link_in_brackets": (swap("d[1]/a.pyc", link), "is a symbolic link"),
+    "link_dangling": (swap("data.txt", lambda path: path.symlink_to("nowhere")), "is a symbolic link"),
+    "hard_link": (
+        swap("data.txt", lambda path: path.hardlink_to(outside(path) / "secret.txt")),
+        "is a hard link",
+    ),
+    "fifo_notebook": (swap("p1.ipynb", os.mkfifo), "is a FIFO"),
+    "fifo_file": (swap("data.txt", os.mkfifo), "is a FIFO"),
+    "fifo_timestamp": (swap("timestamp.txt", os.mkfifo), "is a FIFO"),
+    "unix_socket": (swap("data.txt", unix_socket), "is a socket"),
+    "notebook_directory": (swap("p1.ipynb", Path.mkdir), "is a directory"),
+    "new\nline": (lambda submission: None, "has a control character in its name"),
+    "not_utf8_name": (
+        swap(os.fsdecode(b"a\xff.txt"), Path.touch),
+        r"a\udcff.txt' has a control character or",
+    ),
+    "bidi_name": (swap("a\u202etxt.py", Path.touch), r"a\u202etxt.py' has a control character or"),
+    "a[b]": (lambda submission: None, "has a name that is a wildcard"),
+    "deep_tree": (deep_tree, "is deeper than 32 directories"),
+    "many_files": (many_files, "is part of more than 100 files"),
+    "large_file": (sparse, "has 101000000 bytes, more than 100000000"),
+    "large_metadata": (edit(lambda nb: nb["metadata"].update(x="y" * 2_000_000)), "more than 2000000"),
+    "empty": (write("p1.ipynb", b""), "is empty"),
+    "broken_json": (write("p1.ipynb", b'{"cells": ['), "is not JSON"),
+    "deep_json": (write("p1.ipynb", b"[" * 200_000 + b"]" * 200_000), "nested deeper than 100"),
+    "latin1": (write("p1.ipynb", '{"é": 1}'.encode("latin-1")), "is not UTF-8"),
+    "surrogate": (edit(lambda nb: nb["cells"][0].update(source="x = '\ud800'")), "a lone surrogate"),
+    "nan": (edit(lambda nb: nb["metadata"].update(x=float("nan"))), "is not JSON"),
+    "a_list": (write("p1.ipynb", b"[1]"), "is JSON but not a notebook"),
+    "nbformat_99": (edit(lambda nb: nb.update(nbformat=99)), "the unknown format nbformat 99"),
+    "no_cells": (edit(lambda nb: nb.pop("cells")), "cannot be read as a notebook"),
+    "schema_too_new": (meta(schema_version=99), "unknown nbgrader schema_version 99 in cell 2"),
+    "schema_too_old": (meta(schema_version=2), "run `nbgrader update`"),
+    "schema_text": (meta(schema_version="3"), "unknown nbgrader schema_version '3'"),
+    "schema_missing": (
+        edit(lambda nb: nb["cells"][0]["metadata"].update(nbgrader={})),
+        "schema_version 0 in cell 1",
+    ),
+    "grade_id_list": (meta(grade_id=["test"]), "no grade_id, or one that is not text"),
+    "costly_outputs": (
+        edit(lambda nb: nb["cells"][0].update(outputs=[{}] * 5000)),
+        "is not a valid notebook",
+    ),
+    "timestamp_garbage": (write("timestamp.txt", b"soon"), "does not hold a time"),
+    "earlier": (swap("data.txt", link), "is a symbolic link"),
+}
+ODD = ["a+b [1] (c) & 'd' \".txt", "ääkköset.txt", "שלום\u200f.txt", "d[1]/x.txt"]
+
+
+def honest_with_odd_files(submission: Path) -> None:
+    for name in ODD:
+        (submission / name).parent.mkdir(exist_ok=True)
+        (submission / name).write_text("kept")
+    (submission / "scratch.ipynb").write_text("not a notebook, and not of the assignment")
+    (submission / "__pycache__").mkdir()
+    with open(submission / "__pycache__/large.pyc", "wb") as file:
+        file.truncate(200_000_000)  # ignored, never copied
+
+
+def as_nbformat_3(submission: Path) -> None:
+    old = nbformat.convert(nbformat.read(submission / "p1.ipynb", as_version=4), 3)
+    (submission / "p1.ipynb").write_text(nbformat.writes(old, version=3))
+
+
+HONEST: dict[str, Callable[[Path], object]] = {
+    "ab": lambda submission: None,
+    "odd_files": honest_with_odd_files,
+    "nbformat_3": as_nbformat_3,
+    "copied_test_cell": edit(lambda nb: nb["cells"].append({**copy.deepcopy(nb["cells"][1]), "id": "copy"})),
+}
+
+
+class Run:
+    """The course after the one run that most tests look at."""
+
+    def __init__(self, course: Path) -> None:
+        self.course = course
+        self.kept = course / "autograded/earlier/ps1/p1.ipynb"
+        self.generated = nbgrader(course, "generate_assignment", "ps1")
+        self.submit("earlier", write("timestamp.txt", b"2026-01-01 12:00:00 UTC"))
+        self.first = nbgrader(course, "autograde", "ps1")
+        self.before = self.kept.stat()
+        shutil.rmtree(course / "submitted/earlier")
+        self.submit("earlier", write("timestamp.txt", b"2026-01-02 12:00:00 UTC"))
+        for student, breaker in {**HONEST, "excluded": swap("p1.ipynb", os.mkfifo)}.items():
+            self.submit(student, breaker)
+        for student, (broken, _) in BROKEN.items():
+            self.submit(student, broken)
+        self.result = nbgrader(course, "autograde", "ps1")
+        self.log = self.result.stdout
+
+    def submit(self, student: str, breaker: Callable[[Path], object]) -> None:
+        submission = self.course / "submitted" / student / "ps1"
+        if not submission.exists():
+            submission.mkdir(parents=True)
+            document = nbformat.read(self.course / "release/ps1/p1.ipynb", as_version=4)
+            document.cells[0].source = "x = 1"
+            nbformat.write(document, submission / "p1.ipynb")
+        breaker(submission)
+
+    def score(self, student: str) -> float:
+        with Gradebook(f"sqlite:///{self.course}/gradebook.db", "course") as gradebook:
+            return float(gradebook.find_submission("ps1", student).score)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    course = tmp_path_factory.mktemp("course")
+    (course / "source/ps1").mkdir(parents=True)
+    (course / "outside").mkdir()
+    (course / "outside/secret.txt").write_text(CANARY)
+    (course / "nbgrader_config.py").write_text(CONFIG)
+    nbformat.write(nbformat.from_dict(notebook()), course / "source/ps1/p1.ipynb")
+    return Run(course)
+
+
+@pytest.mark.parametrize("student", HONEST)
+def test_an_honest_student_has_a_score(run: Run, student: str) -> None:
+    assert run.score(student) == 2, run.log
+
+
+@pytest.mark.parametrize("student", BROKEN)
+def test_a_broken_submission_is_refused_with_the_reason(run: Run, student: str) -> None:
+    directory = "submitted/new\\nline/ps1" if student == "new\nline" else student
+    lines = [line for line in run.log.splitlines() if f"Refused: student {directory}, assignment ps1" in line]
+    assert lines, run.log[-4000:]
+    assert any(BROKEN[student][1] in line for line in lines)
+    if student != "earlier":
+        assert not (run.course / "autograded" / student).exists()
+        with pytest.raises(MissingEntry):
+            run.score(student)
+
+
+def test_the_run_fails_and_sums_up(run: Run) -> None:
+    assert run.first.returncode == 0, run.first.stdout
+    assert run.result.returncode == 1
+    assert f"{len(BROKEN)} submission(s) refused" in run.log
+    assert "Traceback" not in run.log
+    assert "student excluded" not in run.log
+    assert "cell 'test' several times" in run.log
+
+
+def test_an_earlier_result_survives_the_refusal(run: Run) -> None:
+    assert run.kept.stat() == run.before
+    assert run.score("earlier") == 2
+
+
+def test_nothing_behind_a_link_was_copied(run: Run) -> None:
+    files = [path for path in (run.course / "autograded").rglob("*") if path.is_symlink() or path.is_file()]
+    assert len(files) > len(HONEST)
+    assert not [path for path in files if path.is_symlink() or CANARY.encode() in path.read_bytes()]
+
+
+def test_files_with_odd_names_are_copied_and_ignored_ones_are_not(run: Run) -> None:
+    graded = run.course / "autograded/odd_files/ps1"
+    assert [(graded / name).read_text() for name in ODD] == ["kept"] * len(ODD)
+    assert not (graded / "__pycache__").exists()
+    assert not (graded / "scratch.ipynb").exists()
+
+
+def formgrader_click(course: Path, student: str, **config: Any) -> dict[str, Any]:
+    from nbgrader.apps import NbGraderAPI
+    from nbgrader.coursedir import CourseDirectory
+
+    settings = Config(config)
+    settings.Autograde.exporter_class = "nbgrader_aalto.intake.IntakeExporter"
+    settings.CourseDirectory.root = str(course)
+    settings.CourseDirectory.course_id = "course"
+    api = NbGraderAPI(CourseDirectory(config=settings), config=settings)
+    result: dict[str, Any] = api.autograde("ps1", student)
+    return result
+
+
+@pytest.fixture
+def alembic_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("alembic_on_path")
+def test_the_lightning_bolt_shows_the_reason(run: Run) -> None:
+    result = formgrader_click(run.course, "fifo_notebook")
+    assert result["success"] is False
+    assert "fifo_notebook (ps1): 'p1.ipynb' is a FIFO" in result["error"]
+    assert "Refused: student fifo_notebook" in result["log"]
+
+
+@pytest.mark.usefixtures("alembic_on_path")
+def test_a_refusal_and_another_failure_are_reported_together(run: Run) -> None:
+    """Without sanitising, the assignment's own metadata check fails: stock's error must not hide the refusals."""
+    preprocessors = ["no.such.Preprocessor"]
+    result = formgrader_click(run.course, "*", Autograde=Config(sanitize_preprocessors=preprocessors))
+    assert result["success"] is False
+    assert "There was an error processing assignment 'ps1' for student 'ab'" in result["log"]
+    assert "errors on the above failures" in result["error"]
+    assert "fifo_notebook (ps1)" in result["error"]
+
+
+def test_without_an_autograde_it_is_a_plain_notebook_exporter() -> None:
+    exporter = IntakeExporter(config=Config(IntakeExporter={"max_entries": 7}))
+    assert exporter.file_extension == ".ipynb"
+    assert exporter.max_entries == 7
+    output, _ = exporter.from_notebook_node(nbformat.from_dict(notebook()))
+    assert len(json.loads(output)["cells"]) == 2
+
+
+def test_the_exporters_defaults_are_those_of_the_limits() -> None:
+    exporter, limits = IntakeExporter(), IntakeLimits()
+    names = [name for name in vars(limits) if getattr(exporter, name) is not None]
+    assert len(names) == 6
+    assert all(getattr(exporter, name) == getattr(limits, name) for name in names)
+
+
+# --- the checks alone
+
+
+def inspect(path: Path, limits: IntakeLimits | None = None, **changes: Any) -> list[Refusal]:
+    names = changes.get("notebooks", ["p1.ipynb"])
+    return inspect_submission(path, PurePosixPath("bob/ps1"), names, limits or IntakeLimits(), ["*.pyc"])
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> Path:
+    path = tmp_path / "bob/ps1"
+    path.mkdir(parents=True)
+    (path / "p1.ipynb").write_text(json.dumps(notebook()))
+    return path
+
+
+def test_a_good_submission_has_no_refusals(submission: Path, tmp_path: Path) -> None:
+    assert inspect(tmp_path) == []
+
+
+def test_the_instructors_part_of_the_path_may_be_a_link(submission: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert inspect(tmp_path / "link") == []
+
+
+def test_a_missing_submission_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read" in inspect(tmp_path)[0].reason
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mknod needs root")
+def test_a_device_is_refused(submission: Path, tmp_path: Path) -> None:
+    os.mknod(submission / "null", 0o600 | 0o020000, os.makedev(1, 3))
+    assert inspect(tmp_path)[0].reason == "is a device"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_refused(submission: Path, tmp_path: Path) -> None:
+    (submission / "data.txt").touch(mode=0)
+    assert inspect(tmp_path)[0].reason == "cannot be read: permission denied"
+
+
+def test_hard_links_can_be_allowed(submission: Path, tmp_path: Path) -> None:
+    (submission / "b").hardlink_to(submission / "p1.ipynb")
+    assert {refusal.file for refusal in inspect(tmp_path)} == {"'b'", "'p1.ipynb'"}
+    assert inspect(tmp_path, IntakeLimits(allow_hard_links=True)) == []
+
+
+def test_sizes_count_what_nbgrader_reads(submission: Path, tmp_path: Path) -> None:
+    (submission / "a.pyc").write_bytes(b"x" * 3000)
+    (submission / "other.ipynb").write_bytes(b"x" * 3000)
+    limits = IntakeLimits(max_tree_bytes=3000, max_file_bytes=1000)
+    assert inspect(tmp_path, limits) == []
+    (submission / "d[1]").mkdir()  # here stock's globbing ignores nothing, and copies
+    (submission / "d[1]/a.pyc").write_bytes(b"x" * 3000)
+    assert [refusal.advice for refusal in inspect(tmp_path, limits)] == [
+        "Ask for a smaller submission, or raise the limit c.IntakeExporter.max_file_bytes in nbgrader_config.py",
+        "Ask for a smaller submission, or raise the limit c.IntakeExporter.max_tree_bytes in nbgrader_config.py",
+    ]
+
+
+def test_a_report_stays_short(submission: Path, tmp_path: Path) -> None:
+    for number in range(100):
+        (submission / str(number)).symlink_to("/")
+    assert len(inspect(tmp_path)) == MAX_REFUSALS
+
+
+def test_a_refusal_is_printable() -> None:
+    assert printable("a\n\u202e\udcff ä'") == r"a\n\u202e\udcff ä'"
+    assert str(Refusal("'a'", "is b", "Do c")) == "'a' is b. Do c."
+
+
+GOOD_TIMES = [
+    "",
+    "\n",
+    "2015-02-02 15:58:23.948203 UTC\n",
+    "2015-02-02 15:58 America/Los_Angeles",
+    "2015-02-02",
+]
+GOOD_TIMES += ["2026-01-31 12:00:00 +0200", "2026-01-31T12:00:00+02:00", "Sat Jan 31 12:00:00 2026"]
+BAD_TIMES = [
+    "soon",
+    "5",
+    "10:00",
+    "2026-01",
+    "9999-12-31 23:59:59 UTC",
+    "0001-01-01 00:00 UTC",
+    "9" * 90,
+    "\0",
+]
+BAD_TIMES += ["2026-01-31 12:00 /etc/localtime", "2026-01-31 12:00 :/etc/localtime", "2026-01-31 12:00 ../x"]
+BAD_TIMES += ["2026-01-31 12:00 99999999999999999", "2026-13-01 12:00 UTC", "2026-01-31 12:00\u2028UTC"]
+
+
+@pytest.mark.parametrize("text", GOOD_TIMES)
+def test_a_time_is_accepted(text: str) -> None:
+    inspect_timestamp(text.encode())
+
+
+@pytest.mark.parametrize("text", BAD_TIMES)
+def test_what_is_not_a_time_is_refused(text: str) -> None:
+    with pytest.raises(Unfit):
+        inspect_timestamp(text.encode())
+
+
+def changed(**changes: Any) -> bytes:
+    return json.dumps({**notebook(), **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (changed(nbformat=True), "nbformat that is not"),
+        (changed(nbformat=[4]), "nbformat that is not"),
+        (changed(nbformat_minor=5.0), "nbformat_minor that is not"),
+        (changed(metadata=[]), "cannot be read as a notebook"),
+        (changed(metadata={"language": 1}), "metadata.language"),
+        (changed(metadata={"x": 1e400}), "is not JSON"),
+        (changed(cells=[1]), "cannot be read as a notebook"),
+        (changed(cells=[{"cell_type": "code", "metadata": {}, "source": [1]}]), "cannot be read"),
+        (changed(cells=[{"cell_type": "code", "metadata": {}, "outputs": []}]), "no type or no source"),
+        (changed(cells=[{"id": [], "cell_type": "raw", "metadata": {}, "source": ""}]), "cannot be read"),
+        (changed(cells=[{"cell_type": "raw", "metadata": {"tags": [{}]}, "source": ""}]), "tags"),
+        (changed(cells=[cell("", grade=True)]), "no grade_id"),
+        (changed(cells=[{"cell_type": "raw", "metadata": {"nbgrader": []}, "source": ""}]), "garbled"),
+        (changed(metadata={"x": [{}] * 200_000}), "JSON values"),
+        (b"1" * 5000, "is not JSON"),
+        (b"\xef\xbb\xbf{}", "is not JSON"),
+    ],
+)
+def test_a_notebook_that_nbgrader_cannot_use_is_refused(raw: bytes, reason: str) -> None:
+    with pytest.raises(Unfit) as refused:
+        inspect_notebook(raw, IntakeLimits())
+    assert reason in refused.value.reason
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        changed(),
+        changed(nbformat_minor=4),  # with cell ids, which 4.4 has not: common, and graded by stock
+        changed(metadata={"x": "😀\u2028"}),
+        changed(cells=[cell("x", grade_id="unknown-to-the-course", grade=True, points=-1)]),
+        changed(metadata={"figure": list(range(100_000))}),
+    ],
+)
+def test_a_notebook_that_stock_grades_is_accepted(raw: bytes) -> None:
+    inspect_notebook(raw, IntakeLimits())
+
+
+@pytest.mark.parametrize("piece", [b'"', b'"\\', b"\\", b'\\"', b"[", b'"",', b"{", b"a"])
+def test_the_scanner_is_linear(piece: bytes) -> None:
+    started = time.process_time()
+    scan_json(piece * (3_000_000 // len(piece)), 100_000, 100)
+    assert time.process_time() - started < 2
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+def measured(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | dict):
+        return 1, 0
+    inner = [measured(item) for item in (value.values() if isinstance(value, dict) else value)]
+    return 1 + sum(count for count, _ in inner), 1 + max((depth for _, depth in inner), default=0)
+
+
+@given(json_values, st.booleans(), st.sampled_from([None, 1]))
+def test_the_scanner_agrees_with_json(value: Any, escape: bool, indent: int | None) -> None:
+    raw = json.dumps(value, ensure_ascii=escape, indent=indent).encode("utf-8", "surrogatepass")
+    count, depth = measured(value)
+    values, deepest = scan_json(raw, 10**9, 10**9)
+    assert deepest == depth
+    assert count <= values <= 2 * count
+
+
+@given(st.text('[]{}",:\\a1 ').map(str.encode))
+def test_the_scanner_ends_for_any_text_and_never_measures_less_than_json_parses(raw: bytes) -> None:
+    values, depth = scan_json(raw, 10**9, 10**9)
+    try:
+        count, deepest = measured(json.loads(raw))
+    except ValueError:
+        return
+    assert depth == deepest
+    assert values >= count
+
+
+def test_only_the_last_copy_of_a_cell_keeps_its_metadata() -> None:
+    document: Any = nbformat.from_dict(notebook())
+    document.cells.append(copy.deepcopy(document.cells[1]))
+    assert forget_duplicates(document) == ["test"]
+    assert ["nbgrader" in cell.metadata for cell in document.cells] == [True, False, True]
