@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-import re
 import shutil
 import signal
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from isolate.environment import environment_policy
-from isolate.policy import WORK, Bind, Limits, Policy, Report, SandboxError, system_policy
+from isolate.policy import WORK, Bind, Limits, Policy, Report, SandboxError, parse_size, system_policy
 from isolate.sandbox import Command, Sandbox
 
 WALL_LIMIT, NOT_BUILT = 124, 125
@@ -34,11 +33,10 @@ examples:
 
 
 def size(text: str) -> int:
-    """Bytes from `500M`, `2G`, `1.5GiB`, `4096`: powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?", text)
-    if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 500M or 2G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def seconds(text: str) -> float:

@@ -9,6 +9,7 @@ description and widget state; everything else of the notebook stays as the calle
 """
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import json
@@ -24,6 +25,7 @@ from typing import IO, Any
 
 import nbformat
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
 
 from isolate import driver, outputs, uids
 from isolate.environment import grader_paths, grader_policy
@@ -204,6 +206,9 @@ class _Run:
             if not kernel.finished:
                 kernel.send("kill")
             kernel_report = kernel.wait()
+            if keep is not None and not kernel.kept:
+                keep.seek(0)
+                keep.truncate()
         if kernel_report.signal == signal.SIGKILL and _out_of_memory_kills() != killed_by_host:
             raise SandboxError("host", "it ran out of memory while the notebook ran", "grade fewer at a time")
         if not self._ready:
@@ -390,7 +395,7 @@ class _Run:
         self, result: Mapping[str, Any], cause: str, limits: list[str]
     ) -> tuple[NotebookNode, dict[int, Ended]]:
         """The caller's notebook with the outputs from the document; a cell that did not run has an error."""
-        notebook = nbformat.from_dict(json.loads(json.dumps(self._notebook)))
+        notebook = copy.deepcopy(self._notebook)
         cells: dict[int, Ended] = {}
         culprit: int | None = None
         for index in self._code:
@@ -424,7 +429,9 @@ class _Run:
         if result.get("widgets"):
             notebook.metadata["widgets"] = result["widgets"]
         try:
-            nbformat.validate(notebook)
+            # Only what is new: how valid the rest is was the caller's to judge.
+            executed = [new_code_cell(outputs=notebook.cells[index].outputs) for index in cells]
+            nbformat.validate(new_notebook(cells=executed))
         except (nbformat.ValidationError, RecursionError) as error:
             raise SandboxError("driver", f"its document makes an invalid notebook: {str(error)[:200]}") from error
         return notebook, cells

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ WORK = "/home/student/work"
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `500M`, `2G`, `1.5GiB`, `4096`: powers of 1024. Raises `ValueError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?", text.strip())
+    if not match or int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) <= 0:
+        raise ValueError(f"{text!r} is not a size; write for example 500M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 class SandboxError(Exception):

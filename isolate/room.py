@@ -179,7 +179,7 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
         status = _reap_until_end(pid, box)
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         if keep is not None:
-            _pack(keep, plan["work"], plan["limits"]["files_bytes"])
+            _pack_or_nothing(keep, plan["work"], plan["limits"]["files_bytes"])
         send_event(
             box,
             "exited",
@@ -279,13 +279,23 @@ def _unpack(file: IO[bytes], directory: str) -> None:
                         target.write(block)
 
 
+def _pack_or_nothing(file: IO[bytes], directory: str, limit: int) -> None:
+    """What the code left may be made to break a packer (ten thousand nested directories): then nothing is kept."""
+    with file:
+        try:
+            _pack(file, directory, limit)
+        except (OSError, ValueError, RecursionError, MemoryError, tarfile.TarError):
+            file.seek(0)
+            file.truncate()
+
+
 def _pack(file: IO[bytes], directory: str, limit: int) -> None:
     """The work directory as the code left it: regular files and directories, names and contents, no more.
 
     Links and special files are left out, and so is what goes over `limit` bytes (sparse files count whole).
     """
     room_left = limit
-    with file, tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
         for where, directories, names in os.walk(directory):
             for name in [*directories]:
                 with contextlib.suppress(OSError):

@@ -292,6 +292,11 @@ class Sandbox:
             return Report("limit", limit=limit_of_signal, message=self._explain(limit_of_signal), **common)
         return Report("signal", signal=-code, message=f"ended by {signal.Signals(-code).name}", **common)
 
+    @property
+    def kept(self) -> bool:
+        """Whether the room's init came to the end of packing what the command left (see `Command.keep`)."""
+        return "exited" in self._events
+
     def _explain(self, limit: str) -> str:
         return explain_limit(limit, self._policy)
 

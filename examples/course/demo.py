@@ -81,6 +81,21 @@ def grade(room: Classroom) -> list[str]:
     return troubles
 
 
+def make_sure_of_the_sandbox(room: Classroom, student: Student) -> None:
+    """Grade one honest student first, and refuse to go on if that was not done in a sandbox.
+
+    nbgrader logs an error in nbgrader_config.py and goes on without that file, which here means without a
+    sandbox; the hostile notebooks are in the course by then.
+    """
+    done = step(f"nbgrader autograde ps1 --student={student.name}, to be sure that there is a sandbox")
+    room.autograde("ps1", student.name)
+    reports = room.reports(student.name, "ps1")
+    if not reports or not all(report.get("layers") for report in reports):
+        raise CommandFailed(f"{room.log.read_text()[-3000:]}\n\nNo sandbox: nothing more was graded.")
+    layers = reports[0]["layers"]
+    done(f"in force: {', '.join(map(str, layers)) if isinstance(layers, list) else layers}")
+
+
 def collect_scores(room: Classroom, students: list[Student]) -> AllScores:
     """Student, assignment, notebook, grade cell: automatic score."""
     return {
@@ -151,6 +166,8 @@ def demonstrate(room: Classroom, students: list[Student], scores_file: Path | No
         judge = None if room.stock else Judge(room, canaries)
         places = [room.root, Path("/"), Path("/tmp"), Path("/dev/shm"), Path.home()]
         try:
+            if not room.stock:
+                make_sure_of_the_sandbox(room, students[0])
             with Watch(canaries.marker, places) as watch:
                 troubles = grade(room)
             if judge:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -46,8 +47,7 @@ def call(name: str, *arguments: object) -> int:
 
 def loot(data: bytes) -> str:
     """The canary tokens in data: proof that something was read."""
-    words = {piece[:40] for piece in data.replace(b"canary-", b"\ncanary-").split(b"\n")}
-    found = sorted(word.decode(errors="replace") for word in words if word.startswith(b"canary-"))
+    found = sorted({token.decode() for token in re.findall(rb"canary-[a-z]+-[0-9a-f]{16}", data)})
     return f"got {' '.join(found)}" if found else f"read {len(data)} bytes without a token"
 
 

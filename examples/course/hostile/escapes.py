@@ -37,16 +37,16 @@ def _() -> str:
     return f"started as process {done.pid}; it would live for 150 s"
 
 
-# %% other processes
+# %% other processes (0x4206 is PTRACE_SEIZE: it does not stop its victim)
 @attempt("ptrace process 1")
 def _() -> str:
-    return in_child(lambda: f"got attached {call('ptrace', 16, 1, 0, 0)}")
+    return in_child(lambda: f"got attached {call('ptrace', 0x4206, 1, 0, 0)}")
 
 
 @attempt("ptrace the parent")
 def _() -> str:
     parent = os.getppid()
-    return in_child(lambda: f"got attached {call('ptrace', 16, parent, 0, 0)}")
+    return in_child(lambda: f"got attached {call('ptrace', 0x4206, parent, 0, 0)}")
 
 
 @attempt("read the memory of the parent")

@@ -1,0 +1,50 @@
+# Everything that a developer or a first visitor runs. `make help` lists it.
+#
+# PYTHON may name any Python from 3.11: make demo PYTHON=/usr/bin/python3.12
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-upstream lint format bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
+
+setup: $(VENV)/.ready ## make .venv with everything in it
+
+# A Python without ensurepip (Debian's, as it comes) makes a venv without pip; virtualenv brings its own.
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is not. Try: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@umask 022; rm -rf $(VENV); \
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m virtualenv -q $(VENV) || \
+	  { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; } || \
+	  { echo "No venv can be made with $(PYTHON): install python3-venv (apt-get install python3-venv)." >&2; exit 1; }
+	@umask 022; $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo,test,upstream,lint]'
+	@touch $@
+
+demo: setup ## grade the example course: honest, careless and hostile students
+	@$(BIN)/python examples/course/demo.py
+
+test: lint test-all test-upstream ## lint, every test, nbgrader's own autograde tests
+
+.PHONY: test-all
+test-all: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
+
+test-upstream: setup ## nbgrader's own autograde tests against this plugin
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/upstream/run.py
+
+lint: setup ## ruff format, ruff check, mypy --strict
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy isolate grader_service nbgrader_aalto
+
+format: setup ## let ruff write the format
+	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+
+bench: setup ## time to grade, beside stock nbgrader, in the same run
+	@$(BIN)/python benchmarks/autograde.py
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

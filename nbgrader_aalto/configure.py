@@ -1,0 +1,98 @@
+"""What a course's nbgrader_config.py calls. It sets the seams into nbgrader and no setting of the course's own."""
+
+import sys
+from typing import Any
+
+from nbconvert.preprocessors import Preprocessor
+from traitlets import Unicode
+from traitlets.config import Config, LazyConfigValue
+from traitlets.utils.importstring import import_item
+
+ISOLATED_EXECUTE = "nbgrader_aalto.execute.IsolatedExecute"
+INTAKE_EXPORTER = "nbgrader_aalto.intake.IntakeExporter"
+REFUSE_TO_RUN = "nbgrader_aalto.configure.RefuseToRun"
+
+
+class ConfigurationError(Exception):
+    """The course's configuration would run student code outside of the sandbox."""
+
+
+class RefuseToRun(Preprocessor):
+    """Stands where nothing safe can stand: whatever is autograded with it fails, and says why.
+
+    An exception in nbgrader_config.py would not do: traitlets logs it, forgets the whole file and goes on with
+    stock nbgrader, without a sandbox.
+    """
+
+    reason = Unicode("the configuration is not safe").tag(config=True)
+
+    def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
+        """Raises `ConfigurationError`, always."""
+        raise ConfigurationError(self.reason)
+
+
+def configure(c: Config) -> None:
+    """Make `nbgrader autograde`, Formgrader's lightning bolt included, run notebooks in a sandbox.
+
+    Call it last in nbgrader_config.py, with the `c` of that file. Of `c.Autograde.autograde_preprocessors` it
+    replaces nbgrader's `Execute` alone, so preprocessors that the course added stay. When the course has put
+    another class in the place of `Execute`, or an exporter class of its own, student code or files would get
+    past the sandbox: then every autograde fails with a message that says which line to change.
+    """
+    try:
+        c.Autograde.autograde_preprocessors = isolated(_configured_preprocessors(c))
+        c.Autograde.exporter_class = _exporter(c)
+    except Exception as error:  # noqa: BLE001  # whatever it is, stock nbgrader must not run instead
+        print(f"nbgrader-aalto: nothing will be autograded: {error}", file=sys.stderr)
+        c.Autograde.autograde_preprocessors = [REFUSE_TO_RUN]
+        c.RefuseToRun.reason = str(error)
+
+
+def _exporter(c: Config) -> Any:
+    exporter = c.Autograde.get("exporter_class", INTAKE_EXPORTER)
+    if exporter == INTAKE_EXPORTER or _is_intake(exporter):
+        return exporter
+    raise ConfigurationError(
+        f"c.Autograde.exporter_class is {exporter!r}, but submissions are checked by {INTAKE_EXPORTER}; "
+        "remove that line, or make your class a subclass of it"
+    )
+
+
+def _configured_preprocessors(c: Config) -> list[Any]:
+    """The course's list, or nbgrader's; `.append(...)` and kin in the configuration are carried out here."""
+    from nbgrader.converters import Autograde  # imports take a second: only those who autograde pay
+
+    default = list(Autograde.autograde_preprocessors.default())
+    value = c.Autograde.get("autograde_preprocessors", default)
+    return list(value.get_value(default) if isinstance(value, LazyConfigValue) else value)
+
+
+def isolated(preprocessors: list[Any]) -> list[Any]:
+    """The list with nbgrader's `Execute` replaced. Entries are classes or their import strings."""
+    return [_replacement(entry) for entry in preprocessors]
+
+
+def _replacement(entry: Any) -> Any:
+    from nbconvert.preprocessors import ExecutePreprocessor
+    from nbgrader.preprocessors import Execute
+
+    from nbgrader_aalto.execute import IsolatedExecute
+
+    cls = import_item(entry) if isinstance(entry, str) else entry
+    if cls is Execute:
+        return ISOLATED_EXECUTE
+    if isinstance(cls, type) and issubclass(cls, IsolatedExecute):
+        return entry
+    if isinstance(cls, type) and issubclass(cls, ExecutePreprocessor):
+        raise ConfigurationError(
+            f"c.Autograde.autograde_preprocessors holds {cls.__module__}.{cls.__qualname__}, which would run "
+            f"student code outside of the sandbox; make it a subclass of {ISOLATED_EXECUTE}"
+        )
+    return entry
+
+
+def _is_intake(exporter: Any) -> bool:
+    from nbgrader_aalto.intake import IntakeExporter
+
+    cls = import_item(exporter) if isinstance(exporter, str) else exporter
+    return isinstance(cls, type) and issubclass(cls, IntakeExporter)

@@ -1,0 +1,339 @@
+"""The seam into nbgrader: `IsolatedExecute` stands in the place of nbgrader's `Execute`.
+
+One notebook enters `preprocess` sanitised by nbgrader (cells overwritten from the gradebook); its code sources
+go to a driver room and the files beside it to a kernel room (`isolate.notebook`); outputs come back. What the
+student's code caused becomes an error in its cells; what it did not cause becomes no score at all.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from textwrap import dedent
+from typing import IO, Any
+
+import nbformat
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpec, KernelSpecManager, NoSuchKernel
+from nbformat import NotebookNode
+from nbgrader.api import Gradebook
+from nbgrader.converters.base import NbGraderException
+from nbgrader.preprocessors import Execute
+from traitlets import Bool, Dict, Float, Integer, List, Unicode, default
+
+from isolate.environment import environment_policy, find_executable, home_files
+from isolate.files import pack
+from isolate.notebook import Execution, Kernel, Settings, execute
+from isolate.policy import Bind, Limits, Policy, SandboxError, parse_size
+from nbgrader_aalto.written import WRITTEN_SUFFIX, keep_written
+
+_DEFAULT = Limits()
+_HOOKS = ("on_notebook_start", "on_notebook_complete", "on_notebook_error", "on_cell_start", "on_cell_execute")
+
+
+class HostFault(NbGraderException):
+    """No score: the sandbox or the host failed, and the student is not to blame."""
+
+
+class IsolatedExecute(Execute):
+    """nbgrader's Execute, with the kernel in a sandbox. `c.Execute.*` settings keep their meaning.
+
+    Where they cannot, docs/configuration.md says so.
+    """
+
+    environment = Unicode(
+        "",
+        help=dedent(
+            """
+            The prefix (venv, conda environment) in which student code runs. Empty: that of the notebook's
+            kernelspec. Name one to grade without the packages that only instructors need.
+            """
+        ),
+    ).tag(config=True)
+    read_only = List(
+        Unicode(), help="Directories and files of this machine that student code can read, such as /coursedata."
+    ).tag(config=True)
+    hidden = List(
+        Unicode(),
+        help=dedent(
+            """
+            Paths to mask where they lie inside something visible, besides the course, the exchange and what is
+            masked in every environment (etc/jupyter and the like).
+            """
+        ),
+    ).tag(config=True)
+    pass_environment = List(
+        Unicode(),
+        help="Names of environment variables that student code finds with the grader's values. All others are absent.",
+    ).tag(config=True)
+    environment_variables = Dict(help="Environment variables for student code: name -> value.").tag(config=True)
+    memory = Unicode("2G", help="Memory of one notebook's processes together, such as 2G or 500M.").tag(config=True)
+    files = Unicode("256M", help="Size of all files that one notebook may write, with those it was given.").tag(
+        config=True
+    )
+    files_count = Integer(_DEFAULT.files_count, help="How many files one notebook may have.").tag(config=True)
+    processes = Integer(_DEFAULT.processes, help="Processes and threads of one notebook.").tag(config=True)
+    wall_seconds = Float(
+        _DEFAULT.wall_seconds, help="Time for one notebook, whatever the cells' own timeouts add up to."
+    ).tag(config=True)
+    cpu_seconds = Float(_DEFAULT.cpu_seconds, help="Processor time of one notebook's processes together.").tag(
+        config=True
+    )
+    cell_output = Unicode("4M", help="Output of one cell that is kept; the rest is cut with a notice.").tag(config=True)
+    output = Unicode("24M", help="Output of one notebook that is kept.").tag(config=True)
+    keep_files = Bool(
+        False,
+        help=dedent(
+            f"""
+            Whether files that a notebook wrote are kept for the instructor, beside the autograded notebook in
+            <notebook>{WRITTEN_SUFFIX}/. Regular files only. Later notebooks of the assignment see them anyway.
+            """
+        ),
+    ).tag(config=True)
+
+    @default("pass_environment")
+    def _pass_environment_default(self) -> list[str]:
+        return ["AALTO_JUPYTERHUB", "JUPYTER_IMAGE_SPEC", "NBGRADER_EXECUTION", "LANG", "LC_ALL", "TZ"]
+
+    def preprocess(
+        self, nb: NotebookNode, resources: dict[str, Any], km: object = None
+    ) -> tuple[NotebookNode, dict[str, Any]]:
+        """The notebook with its outputs. Raises `HostFault` when there can be no score."""
+        where = resources["nbgrader"]
+        directory = Path(resources["metadata"]["path"])
+        try:
+            execution = self._execute_or_retry(nb, where, directory)
+        except SandboxError as error:
+            text = (
+                f"No score for notebook '{where['notebook']}' of assignment '{where['assignment']}' of student "
+                f"'{where['student']}', and it is not the student's fault: {error}. Nothing was changed in the "
+                "gradebook for this notebook; mend the cause and autograde this student again."
+            )
+            self.log.error(text)
+            raise HostFault(text) from error
+        report = execution.report
+        if report.ended != "finished" or report.limits:
+            limits = f" [limits: {', '.join(report.limits)}]" if report.limits else ""
+            self.log.warning(
+                "Notebook '%s' of student '%s' ended: %s%s. %s",
+                where["notebook"],
+                where["student"],
+                report.ended,
+                limits,
+                report.message,
+            )
+        executed = execution.notebook
+        executed.metadata["isolate"] = {key: value for key, value in report.as_dict().items() if key != "cells"}
+        for cell in executed.cells:
+            _let_failures_decide(cell)
+        return executed, resources
+
+    def _execute_or_retry(self, nb: NotebookNode, where: dict[str, str], directory: Path) -> Execution:
+        try:
+            return self._execute(nb, where, directory)
+        except SandboxError as error:
+            self.log.warning(
+                "Trying notebook '%s' of student '%s' once more: %s", where["notebook"], where["student"], error
+            )
+            return self._execute(nb, where, directory)
+
+    def _execute(self, nb: NotebookNode, where: dict[str, str], directory: Path) -> Execution:
+        self._warn_of_hooks()
+        kernel, policy = self._kernel_and_policy(where)
+        work = self._work(where)
+        files = work.files or pack(
+            directory,
+            leave_out=["*.ipynb", f"*{WRITTEN_SUFFIX}"],
+            max_bytes=policy.limits.files_bytes,
+            max_files=policy.limits.files_count,
+        )
+        keep: IO[bytes] = tempfile.TemporaryFile()
+        try:
+            execution = execute(
+                nb,
+                kernel,
+                policy,
+                self._settings(),
+                files=files,
+                keep=keep,
+                skip=self._skipped(nb, where),
+                timeouts=self._timeouts(nb),
+                progress=self._log_progress,
+            )
+            if self.keep_files:
+                keep_written(keep, files, directory / f"{where['notebook']}{WRITTEN_SUFFIX}")
+        except BaseException:
+            keep.close()
+            raise
+        if keep.seek(0, os.SEEK_END):
+            work.files = keep
+        return execution
+
+    def _work(self, where: dict[str, str]) -> "_Work":
+        """The assignment's work directory, which its notebooks share, one after the other, as in stock nbgrader."""
+        converter = self._converter
+        work: _Work | None = getattr(converter, "_isolated_work", None)
+        if work is None or (work.student, work.assignment) != (where["student"], where["assignment"]):
+            if work is not None and work.files is not None:
+                work.files.close()
+            work = _Work(where["student"], where["assignment"])
+            converter._isolated_work = work
+        return work
+
+    @property
+    def _converter(self) -> Any:
+        """nbgrader's converter: parent of the exporter, which is the parent of this preprocessor."""
+        return self.parent.parent
+
+    def _settings(self) -> Settings:
+        return Settings(
+            timeout=self._get_timeout(None),
+            interrupt_on_timeout=self.interrupt_on_timeout,
+            error_on_timeout=self.error_on_timeout,
+            iopub_timeout=self.iopub_timeout,
+            raise_on_iopub_timeout=self.raise_on_iopub_timeout,
+            startup_timeout=self.startup_timeout,
+            allow_errors=self.allow_errors,
+            allow_error_names=tuple(self.allow_error_names),
+            force_raise_errors=self.force_raise_errors,
+            store_widget_state=self.store_widget_state,
+            record_timing=self.record_timing,
+            coalesce_streams=self.coalesce_streams,
+        )
+
+    def _timeouts(self, nb: NotebookNode) -> dict[int, float | None]:
+        if self.timeout_func is None:
+            return {}
+        return {index: self._get_timeout(cell) for index, cell in enumerate(nb.cells)}
+
+    def _limits(self) -> Limits:
+        try:
+            return Limits(
+                wall_seconds=self.wall_seconds,
+                cpu_seconds=self.cpu_seconds,
+                memory_bytes=parse_size(self.memory),
+                processes=self.processes,
+                files_bytes=parse_size(self.files),
+                files_count=self.files_count,
+                cell_output_bytes=parse_size(self.cell_output),
+                output_bytes=parse_size(self.output),
+            )
+        except ValueError as error:
+            raise SandboxError("policy", f"c.IsolatedExecute: {error}", "correct nbgrader_config.py") from error
+
+    def _kernel_and_policy(self, where: dict[str, str]) -> tuple[Kernel, Policy]:
+        spec = self._kernelspec(where)
+        executable = find_executable(spec.argv[0], Path(self.environment) if self.environment else None)
+        variables = {name: os.environ[name] for name in self.pass_environment if name in os.environ}
+        policy = environment_policy([executable], environment=variables, limits=self._limits())
+        visible = [Path(path) for path in self.read_only]
+        if spec.resource_dir and any("{resource_dir}" in word for word in spec.argv):
+            visible.append(Path(spec.resource_dir))
+        policy = dataclasses.replace(
+            policy,
+            read_only=(*policy.read_only, *(Bind(path) for path in visible)),
+            hidden=(*policy.hidden, *self._hidden_paths()),
+            environment={**policy.environment, **self.environment_variables},
+        )
+        argv = [word.replace("{resource_dir}", spec.resource_dir) for word in spec.argv[1:]]
+        is_ipykernel = any("ipykernel" in word for word in argv)
+        extra = list(self.extra_arguments)
+        if is_ipykernel and self.ipython_hist_file and not any("HistoryManager.hist_file" in word for word in extra):
+            extra.append(f"--HistoryManager.hist_file={self.ipython_hist_file}")
+        kernel = Kernel(
+            argv=[str(executable), *argv, *extra],
+            environment=spec.env,
+            interrupt_mode=spec.interrupt_mode,
+            home_files=home_files(executable),
+        )
+        return kernel, policy
+
+    def _hidden_paths(self) -> list[Path]:
+        """The course and the exchange, wherever they lie, and what the administrator names."""
+        from nbgrader.exchange.default import Exchange
+
+        course = self._converter.coursedir
+        exchange = Exchange(coursedir=course, parent=self._converter)
+        paths = [course.root, exchange.root, exchange.cache, *self.hidden]
+        return [Path(os.path.abspath(path)) for path in paths if path]
+
+    def _kernelspec(self, where: dict[str, str]) -> KernelSpec:
+        """The instructor's choice, never the student's: the setting, the source notebook, or the default."""
+        name = self.kernel_name or self._kernel_name_of_source(where) or NATIVE_KERNEL_NAME
+        try:
+            if self.environment:
+                return _kernelspec_in(Path(self.environment), name)
+            return KernelSpecManager(parent=self).get_kernel_spec(name)
+        except NoSuchKernel as error:
+            raise SandboxError("kernel", f"there is no kernel named '{name}' here", "install its kernelspec") from error
+
+    def _kernel_name_of_source(self, where: dict[str, str]) -> str:
+        with Gradebook(self._converter.coursedir.db_url, self._converter.coursedir.course_id) as gradebook:
+            stored = gradebook.find_notebook(where["notebook"], where["assignment"]).kernelspec
+        name = (json.loads(stored) if stored else {}).get("name", "")
+        return name if isinstance(name, str) else ""
+
+    def _skipped(self, nb: NotebookNode, where: dict[str, str]) -> Collection[int]:
+        """Cells that the instructor's notebook tags with `skip_cells_with_tag`; what a student tags runs."""
+        tagged = [cell for cell in self._source_cells(where) if self.skip_cells_with_tag in cell.metadata.get("tags", [])]
+        names = {_grade_id(cell) for cell in tagged} - {None}
+        texts = {cell.source for cell in tagged if _grade_id(cell) is None}
+        return {
+            index
+            for index, cell in enumerate(nb.cells)
+            if (_grade_id(cell) in names if _grade_id(cell) is not None else cell.source in texts)
+        }
+
+    def _source_cells(self, where: dict[str, str]) -> list[NotebookNode]:
+        course = self._converter.coursedir
+        directory = course.format_path(course.source_directory, ".", where["assignment"])
+        path = os.path.join(directory, f"{where['notebook']}.ipynb")
+        if not os.path.exists(path):
+            return []
+        return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+    def _log_progress(self, index: int, state: str) -> None:
+        self.log.debug("Cell %d %s", index + 1, state)
+
+    def _warn_of_hooks(self) -> None:
+        for name in _HOOKS:
+            if getattr(self, name, None) is not None:
+                self.log.warning("c.Execute.%s is not called: cells run in a sandbox", name)
+
+
+@dataclasses.dataclass
+class _Work:
+    student: str
+    assignment: str
+    files: IO[bytes] | None = None
+
+
+def _grade_id(cell: NotebookNode) -> str | None:
+    value = cell.metadata.get("nbgrader", {}).get("grade_id")
+    return value if isinstance(value, str) else None
+
+
+def _kernelspec_in(prefix: Path, name: str) -> KernelSpec:
+    """A kernelspec of this prefix, or the plain Python kernel of a prefix that has ipykernel but no spec."""
+    directory = prefix / "share" / "jupyter" / "kernels" / name
+    if (directory / "kernel.json").exists():
+        return KernelSpec.from_resource_dir(str(directory))
+    if name == NATIVE_KERNEL_NAME:
+        python = str(prefix / "bin" / "python")
+        return KernelSpec(argv=[python, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python")
+    raise NoSuchKernel(name)
+
+
+def _let_failures_decide(cell: NotebookNode) -> None:
+    """Put errors and stderr before results in a test cell.
+
+    nbgrader's `determine_grade` stops at the first result, so that one displayed by the tested code would
+    otherwise decide over the assertion that fails after it. An honest cell has no result before its error.
+    """
+    if cell.cell_type != "code" or not cell.metadata.get("nbgrader", {}).get("grade"):
+        return
+    results = [output for output in cell.outputs if output.output_type == "execute_result"]
+    others = [output for output in cell.outputs if output.output_type != "execute_result"]
+    # The value of the cell's last expression comes last; that is the one the instructor wrote.
+    cell.outputs = [*others, *results[-1:], *results[:-1]]

@@ -1,0 +1,1 @@
+"""Attacks on the sandbox, each judged from outside. THREATS rows are named by the marker `threat`."""

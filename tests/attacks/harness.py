@@ -1,0 +1,375 @@
+"""Who attacks, with what, and how the outside looks meanwhile: the tools that all attack tests share.
+
+Everything that a test session makes on the host (an environment that everybody may enter, a Unix user, places
+for canaries) lies in or is named after one `Stage`, and goes when the controller ends the session.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import fcntl
+import grp
+import json
+import os
+import platform
+import pwd
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_REPOSITORY = Path(__file__).resolve().parent.parent.parent
+_REQUIREMENTS = ("nbclient", "jupyter_client", "nbformat", "ipykernel", "traitlets", "pyseccomp")
+_MINIMUM = (3, 11)
+LONG = 60.0
+"""Seconds: far more than anything here takes."""
+
+PRELUDE = '''
+import ctypes, errno, json, os, platform, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+def attempt(call, *arguments, **named):
+    """`ok`, or the name of the error."""
+    try:
+        call(*arguments, **named)
+    except OSError as error:
+        return errno.errorcode.get(error.errno, str(error.errno))
+    return "ok"
+def syscall(number, *arguments):
+    arguments = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    if libc.syscall(ctypes.c_long(number), *arguments) >= 0:
+        return "ok"
+    return errno.errorcode[ctypes.get_errno()]
+def native(x86_64, aarch64):
+    return {"x86_64": x86_64, "aarch64": aarch64}[platform.machine()]
+def say(**values):
+    print("\\nsaid " + json.dumps(values), flush=True)
+'''
+"""What every probe starts with, inside and outside of a sandbox."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """Who runs the supervisor."""
+
+    name: str
+    uid: int
+    gid: int
+    home: Path
+
+    @property
+    def is_root(self) -> bool:
+        return self.uid == 0
+
+    def credentials(self) -> dict[str, Any]:
+        """Arguments for `subprocess` so that the process is this person's."""
+        if os.geteuid() != 0 or self.is_root:
+            return {}
+        return {"user": self.uid, "group": self.gid, "extra_groups": []}
+
+
+class Stage:
+    """One directory for everything of a session; safe to use from several test workers at once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.user_name = "attack-" + re.sub(r"[^a-z0-9]", "", directory.name.lower())[-12:]
+
+    @classmethod
+    def new(cls) -> "Stage":
+        directory = Path(tempfile.mkdtemp(prefix="attacks-"))
+        directory.chmod(0o755)
+        return cls(directory)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.directory / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def environment(self) -> Path:
+        """An interpreter that every user may run, with what `isolate` and a kernel need. Skips if impossible."""
+        python = self.directory / "env/bin/python"
+        with self._locked():
+            if (self.directory / "env-refused").exists():
+                pytest.skip((self.directory / "env-refused").read_text())
+            if not (self.directory / "env-ready").exists():
+                try:
+                    self._build_environment(python)
+                except subprocess.CalledProcessError as error:
+                    words = f"no environment for other users: {error.stderr[-500:]}"
+                    (self.directory / "env-refused").write_text(words)
+                    pytest.skip(words)
+                (self.directory / "env-ready").touch()
+        return python
+
+    def _build_environment(self, python: Path) -> None:
+        base = _system_python()
+        if base is None:
+            pytest.skip(f"no Python of at least {_MINIMUM} that every user may run")
+        quiet: dict[str, Any] = {"check": True, "umask": 0o022, "capture_output": True, "text": True}
+        virtualenv = [sys.executable, "-m", "virtualenv", "--quiet", "--no-periodic-update", "-p", base]
+        subprocess.run([*virtualenv, "--app-data", self.directory / "app-data", python.parent.parent], **quiet)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+        subprocess.run([*pip, *_REQUIREMENTS], **quiet)
+        (packages,) = (python.parent.parent / "lib").glob("python3*/site-packages")
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(_REPOSITORY / "isolate", packages / "isolate", ignore=ignore)
+        shutil.copy(Path(__file__).with_name("runner.py"), self.directory / "runner.py")
+        subprocess.run([python, "-m", "compileall", "-q", packages], check=False, umask=0o022)
+        for path in (packages / "isolate", self.directory / "runner.py"):
+            subprocess.run(["chmod", "-R", "a+rX", path], check=True)
+
+    def user(self) -> Person:
+        """An ordinary Unix user who exists only for this session; without root, ourselves."""
+        if os.geteuid() != 0:
+            entry = pwd.getpwuid(os.geteuid())
+            return Person(entry.pw_name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
+        with self._locked():
+            try:
+                entry = pwd.getpwnam(self.user_name)
+            except KeyError:
+                home = self.directory / "home"
+                subprocess.run(
+                    ["useradd", "--system", "--user-group", "--create-home", "--home-dir", home, self.user_name],
+                    check=True,
+                    capture_output=True,
+                )
+                entry = pwd.getpwnam(self.user_name)
+        return Person(entry.pw_name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
+
+    def close(self) -> None:
+        """Remove the user, whatever it still runs, and all files."""
+        with contextlib.suppress(KeyError):
+            uid = pwd.getpwnam(self.user_name).pw_uid
+            if os.geteuid() == 0 and uid != 0:
+                for pid in processes(lambda pid: os.stat(f"/proc/{pid}").st_uid == uid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                subprocess.run(["userdel", self.user_name], check=False, capture_output=True)
+                with contextlib.suppress(KeyError):
+                    grp.getgrnam(self.user_name)
+                    subprocess.run(["groupdel", self.user_name], check=False, capture_output=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _system_python() -> str | None:
+    for name in ("/usr/bin/python3", *(f"/usr/bin/python3.{minor}" for minor in range(30, 10, -1))):
+        if not os.path.exists(name):
+            continue
+        check = f"import sys; sys.exit(sys.version_info < {_MINIMUM})"
+        if subprocess.run([name, "-I", "-c", check], check=False, capture_output=True).returncode == 0:
+            return name
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a sandboxed command ended: the report, or the error that says why there was no sandbox."""
+
+    report: Mapping[str, Any] | None
+    error: Mapping[str, Any] | None
+    output: str
+    kept: Mapping[str, Any]
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the probe told by `say`. The last word counts."""
+        words = [line[5:] for line in self.output.splitlines() if line.startswith("said ")]
+        assert words, f"the probe said nothing: {self.report} {self.error} {self.output[-2000:]}"
+        value: dict[str, Any] = json.loads(words[-1])
+        return value
+
+    @property
+    def limit(self) -> str | None:
+        """The limit that ended it; fails when there was no sandbox or no report."""
+        assert self.error is None, self.error
+        assert self.report is not None
+        return self.report["limit"]
+
+
+class Running:
+    """A supervisor that is still at work."""
+
+    def __init__(self, process: subprocess.Popen[bytes], end: Path) -> None:
+        self.process, self._end = process, end
+        self._heard = b""
+
+    def hear(self, word: str, seconds: float = LONG) -> str:
+        """Wait until the sandboxed command has written this."""
+        assert self.process.stderr is not None
+        os.set_blocking(self.process.stderr.fileno(), False)
+        deadline = time.monotonic() + seconds
+        while word.encode() not in self._heard:
+            assert time.monotonic() < deadline, f"not heard in time: {self._heard!r}"
+            block = self.process.stderr.read()
+            assert block != b"", f"it ended: {self._heard!r}"
+            if block is None:
+                time.sleep(0.02)
+            else:
+                self._heard += block
+        return self._heard.decode(errors="replace")
+
+    def tell(self, word: str = "") -> None:
+        raise NotImplementedError
+
+    def finish(self, seconds: float = LONG) -> dict[str, Any]:
+        try:
+            _, errors = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            pytest.fail(f"the supervisor did not end within {seconds} s")
+        text = self._end.read_text(encoding="utf-8")
+        assert text, f"the supervisor failed: {(self._heard + (errors or b''))[-3000:].decode(errors='replace')}"
+        result: dict[str, Any] = json.loads(text)
+        return result
+
+
+class Attacker:
+    """Runs probes as one person, inside sandboxes and (for the control) outside."""
+
+    def __init__(self, stage: Stage, person: Person, directory: Path) -> None:
+        self.stage, self.person, self.directory = stage, person, directory
+        self.python = stage.environment()
+        self.token = "canary" + secrets.token_hex(12)
+        """In the supervisor's environment, and free to be put elsewhere. Nobody inside may ever know it."""
+        self.temporary = self.make_directory("temporary")
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def make_directory(self, name: str) -> Path:
+        path = self.directory / name
+        path.mkdir(parents=True)
+        self.give(path)
+        return path
+
+    def write(self, path: Path, text: str, mode: int = 0o644) -> Path:
+        """A file of this person's."""
+        path.write_text(text, encoding="utf-8")
+        path.chmod(mode)
+        self.give(path)
+        return path
+
+    def give(self, path: Path) -> None:
+        os.chown(path, self.person.uid, self.person.gid)
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "PATH": os.defpath,
+            "HOME": str(self.person.home),
+            "TMPDIR": str(self.temporary),
+            "JUPYTERHUB_API_TOKEN": self.token,
+            "LANG": "C.UTF-8",
+        }
+
+    def start(self, argv: Sequence[str], **job: Any) -> Running:
+        """A supervisor with a job, see `runner`."""
+        end = self.directory / f"end-{secrets.token_hex(4)}"
+        self.write(end, "")
+        job = {"argv": list(argv), "python": str(self.python), "end": str(end), **job}
+        process = subprocess.Popen(
+            [job.pop("supervisor", str(self.python)), "-B", "-P", str(self.stage.directory / "runner.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**self._environment(), **job.pop("supervisor_env", {})},
+            cwd=self.temporary,
+            **self.person.credentials(),
+        )
+        self._running.append(process)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(job).encode())
+        process.stdin.close()
+        process.stdin = None
+        return Running(process, end)
+
+    def python_argv(self, code: str, *arguments: str) -> list[str]:
+        return [str(self.python), "-c", PRELUDE + code, *arguments]
+
+    def start_code(self, code: str, *arguments: str, **job: Any) -> Running:
+        return self.start(self.python_argv(code, *arguments), live=True, **job)
+
+    def run(self, code: str, *arguments: str, **job: Any) -> Outcome:
+        """Python code in a sandbox, to its end."""
+        return self.run_argv(self.python_argv(code, *arguments), **job)
+
+    def run_argv(self, argv: Sequence[str], **job: Any) -> Outcome:
+        job.setdefault("limits", {})
+        job["limits"] = {"wall_seconds": 30, "cpu_seconds": 20, "memory_bytes": 512 << 20, **job["limits"]}
+        result = self.start(argv, **job).finish()
+        output = base64.b64decode(result["output"]).decode(errors="replace")
+        return Outcome(result["report"], result["error"], output, result.get("kept", {}))
+
+    def notebooks(self, *notebooks: Sequence[str], **job: Any) -> list[dict[str, Any]]:
+        """Execute notebooks, given as sources of their cells; outputs, report and error of each."""
+        job.setdefault("limits", {})
+        job["limits"] = {"wall_seconds": 60, "cpu_seconds": 40, "memory_bytes": 1 << 30, **job["limits"]}
+        result = self.start([], notebooks=[list(cells) for cells in notebooks], **job).finish(2 * LONG)
+        ends: list[dict[str, Any]] = result["notebooks"]
+        return ends
+
+    def control(self, code: str, *arguments: str) -> dict[str, Any]:
+        """The same Python code without a sandbox, as the same person: shows that the probe can find something."""
+        done = subprocess.run(
+            self.python_argv(code, *arguments),
+            env=self._environment(),
+            cwd=self.temporary,
+            capture_output=True,
+            timeout=LONG,
+            check=False,
+            **self.person.credentials(),
+        )
+        return Outcome(None, None, (done.stdout + done.stderr).decode(errors="replace"), {}).said
+
+    def close(self) -> None:
+        for process in self._running:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def processes(wanted: Callable[[int], bool]) -> list[int]:
+    """Pids on this host for which it holds."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError):
+                if wanted(int(name)):
+                    found.append(int(name))
+    return found
+
+
+def marked(marker: str) -> list[int]:
+    """Living processes whose command line or environment holds this word; zombies have neither."""
+
+    def holds(pid: int) -> bool:
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(PermissionError), open(f"/proc/{pid}/{name}", "rb") as file:
+                if marker.encode() in file.read():
+                    return True
+        return False
+
+    return processes(holds)
+
+
+def eventually(what: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether it becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+x86_64_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="machine code of x86_64")

@@ -1,0 +1,56 @@
+"""Fixtures for all tests: who runs the supervisor, and an environment that every user may enter."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+from attacks.harness import Attacker, Person, Stage
+
+_STAGE = "ISOLATE_TEST_STAGE"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "threat(*rows): rows of the threat catalogue that this test tries")
+    if not hasattr(config, "workerinput"):  # the controller of pytest-xdist, or the only process
+        os.environ[_STAGE] = str(Stage.new().directory)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and _STAGE in os.environ:
+        Stage(Path(os.environ.pop(_STAGE))).close()
+
+
+@pytest.fixture(scope="session")
+def stage() -> Stage:
+    """Where this session keeps what it makes on the host; shared by the workers, removed at the end."""
+    return Stage(Path(os.environ[_STAGE]))
+
+
+@pytest.fixture(params=["root", "user"])
+def person(request: pytest.FixtureRequest, stage: Stage) -> Person:
+    """Who runs the supervisor: root and an ordinary user."""
+    if request.param == "user":
+        return stage.user()
+    if os.geteuid() != 0:
+        pytest.skip("only root can be root")
+    return Person("root", 0, 0, Path("/root"))
+
+
+@pytest.fixture()
+def attacker(stage: Stage, person: Person, request: pytest.FixtureRequest) -> Iterator[Attacker]:
+    """Probes as this person, with a directory of their own that is gone after the test."""
+    number = f"{os.getpid()}-{abs(hash(request.node.nodeid)):x}"
+    directory = stage.directory / "cases" / number
+    directory.mkdir(parents=True)
+    one = Attacker(stage, person, directory)
+    try:
+        yield one
+    finally:
+        one.close()
+        shutil.rmtree(directory, ignore_errors=True)
