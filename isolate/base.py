@@ -220,7 +220,7 @@ def _lay_mounts(plan: Plan, trees: Trees) -> None:
 
 
 def _mask(target: str) -> list[str]:
-    """Cover what lies at the end of this path, symlinks followed, with something empty. The masked directory, if any."""
+    """Cover what lies at the end of this path, links followed, with something empty. The masked directory, if any."""
     path = os.path.realpath(target)
     try:
         mode = os.lstat(path).st_mode

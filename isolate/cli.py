@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("--ro", metavar="PATH", action="append", default=[], type=read_only_path, help="show PATH, read-only")
+    run.add_argument(
+        "--ro", metavar="PATH", action="append", default=[], type=read_only_path, help="show PATH, read-only"
+    )
     run.add_argument(
         "--rw",
         metavar="PATH[:AT]",
@@ -107,19 +109,36 @@ def _parser() -> argparse.ArgumentParser:
         " of the directory's owner are the command's own, there only",
     )
     run.add_argument(
-        "--env", metavar="K=V", action="append", default=[], type=variable, help="set a variable (K alone: pass on yours)"
+        "--env",
+        metavar="K=V",
+        action="append",
+        default=[],
+        type=variable,
+        help="set a variable (K alone: pass on yours)",
     )
     run.add_argument("--cwd", metavar="DIR", default=WORK, help="start in this directory of the sandbox (%(default)s)")
     run.add_argument(
-        "--memory", metavar="SIZE", type=size, default=defaults.memory_bytes, help="of all processes together (2G)"
+        "--memory",
+        metavar="SIZE",
+        type=size,
+        default=defaults.memory_bytes,
+        help="of all processes together (2G)",
     )
-    run.add_argument("--cpu", metavar="SECONDS", type=seconds, default=defaults.cpu_seconds, help="processor time (3600)")
+    run.add_argument(
+        "--cpu", metavar="SECONDS", type=seconds, default=defaults.cpu_seconds, help="processor time (3600)"
+    )
     run.add_argument("--wall", metavar="SECONDS", type=seconds, default=defaults.wall_seconds, help="time (3600)")
     run.add_argument("--processes", metavar="N", type=count, default=defaults.processes, help="and threads (128)")
     run.add_argument(
-        "--files", metavar="SIZE", type=size, default=defaults.files_bytes, help="of all files that it writes (256M)"
+        "--files",
+        metavar="SIZE",
+        type=size,
+        default=defaults.files_bytes,
+        help="of all files that it writes (256M)",
     )
-    run.add_argument("--report", metavar="FILE", type=Path, help="write a JSON report: how it ended, time, memory, layers")
+    run.add_argument(
+        "--report", metavar="FILE", type=Path, help="write a JSON report: how it ended, time, memory, layers"
+    )
     run.add_argument("cmd", nargs="+", metavar="CMD")
     return parser
 

@@ -115,7 +115,13 @@ class RoomClient(AsyncKernelClient):
     alive = True
 
     def _create_connected_socket(self, channel: str, identity: bytes | None = None) -> Any:
-        socket_type = {"shell": zmq.DEALER, "control": zmq.DEALER, "stdin": zmq.DEALER, "iopub": zmq.SUB, "hb": zmq.REQ}
+        socket_type = {
+            "shell": zmq.DEALER,
+            "control": zmq.DEALER,
+            "stdin": zmq.DEALER,
+            "iopub": zmq.SUB,
+            "hb": zmq.REQ,
+        }
         sock = self.context.socket(socket_type[channel])
         sock.linger = 0
         sock.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)

@@ -20,10 +20,10 @@ from pathlib import Path
 from isolate.policy import HOME, Bind, Limits, Policy, SandboxError, system_policy
 from isolate.sandbox import Command, Sandbox
 
-_SECRETS = (
-    "etc/jupyter etc/ipython etc/conda etc/pip.conf etc/nbgrader pip.conf .condarc condarc .netrc .pypirc "
-    "share/jupyter/runtime share/jupyter/nbgrader share/nbgrader share/jupyter/notebook_secret"
-).split()
+_SECRETS = """
+etc/jupyter etc/ipython etc/conda etc/pip.conf etc/nbgrader pip.conf .condarc condarc .netrc .pypirc
+share/jupyter/runtime share/jupyter/nbgrader share/nbgrader share/jupyter/notebook_secret
+""".split()
 """Below a prefix: configuration that may carry tokens, and places where an exchange lies by default."""
 
 

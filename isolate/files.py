@@ -70,9 +70,7 @@ class _Exactly(io.RawIOBase):
         return data
 
 
-def _walk(
-    directory: int, prefix: str, patterns: tuple[str, ...]
-) -> Iterator[tuple[str, int | None, os.stat_result]]:
+def _walk(directory: int, prefix: str, patterns: tuple[str, ...]) -> Iterator[tuple[str, int | None, os.stat_result]]:
     """(name, open descriptor or None for a directory, status); closes `directory`. The taker closes the files."""
     try:
         for name in sorted(os.listdir(directory)):

@@ -279,7 +279,13 @@ class _Run:
             return sandbox.report()
 
     def _listen(
-        self, kernel: Sandbox, sandbox: Sandbox, errors: Mapping[str, int], result: int, progress: int, words: int
+        self,
+        kernel: Sandbox,
+        sandbox: Sandbox,
+        errors: Mapping[str, int],
+        result: int,
+        progress: int,
+        words: int,
     ) -> None:
         """Serve both rooms until the driver is gone."""
         with selectors.DefaultSelector() as selector:
@@ -391,9 +397,7 @@ class _Run:
             return f"the kernel crashed: {kernel_report.message}"
         return kernel_report.message
 
-    def _merge(
-        self, result: Mapping[str, Any], cause: str, limits: list[str]
-    ) -> tuple[NotebookNode, dict[int, Ended]]:
+    def _merge(self, result: Mapping[str, Any], cause: str, limits: list[str]) -> tuple[NotebookNode, dict[int, Ended]]:
         """The caller's notebook with the outputs from the document; a cell that did not run has an error."""
         notebook = copy.deepcopy(self._notebook)
         cells: dict[int, Ended] = {}
@@ -442,7 +446,10 @@ def _explain_cell(ended: Ended, cause: str, settings: Settings, found: Sequence[
         return []
     text = {
         Ended.KERNEL_DIED: ("KernelDiedError", f"The kernel ended while this cell ran: {cause}."),
-        Ended.STUCK: ("CellTimeoutError", f"This cell did not end within its timeout of {settings.timeout} s: {cause}."),
+        Ended.STUCK: (
+            "CellTimeoutError",
+            f"This cell did not end within its timeout of {settings.timeout} s: {cause}.",
+        ),
         Ended.IOPUB_TIMEOUT: (
             "OutputTimeoutError",
             f"The outputs of this cell did not end within {settings.iopub_timeout} s (iopub_timeout) after it ran.",

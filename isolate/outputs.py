@@ -150,6 +150,8 @@ def error(name: str, text: str, traceback: list[str] | None = None) -> NotebookN
 def notice(limits: Limits) -> NotebookNode:
     """What stands where output was cut. On stdout: stderr would cost a test cell its points."""
     kept, total = limits.cell_output_bytes / MIB, limits.output_bytes / MIB
-    text = f"\n[The rest of this cell's output was cut: at most {kept:g} MiB a cell and {total:g} MiB a notebook are kept.]\n"
+    text = (
+        f"\n[The rest of this cell's output was cut: at most {kept:g} MiB a cell and {total:g} MiB a notebook "
+        "are kept.]\n"
+    )
     return new_output("stream", name="stdout", text=text)
-

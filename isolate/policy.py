@@ -125,14 +125,14 @@ class Report:
         return json.dumps(self.as_dict(), indent=2)
 
 
-_SYSTEM_PATHS = (
-    "/usr /bin /sbin /lib /lib32 /lib64 /libx32 /nix/store /etc/alternatives /etc/fonts /etc/ld.so.cache "
-    "/etc/ld.so.conf /etc/ld.so.conf.d /etc/localtime /etc/timezone /etc/mime.types /etc/R /etc/java"
-).split()
-_SYSTEM_HIDDEN = (
-    "/usr/etc/jupyter /usr/etc/ipython /usr/local/etc /usr/share/jupyter/nbgrader "
-    "/usr/local/share/nbgrader /usr/src /usr/local/src"
-).split()
+_SYSTEM_PATHS = """
+/usr /bin /sbin /lib /lib32 /lib64 /libx32 /nix/store /etc/alternatives /etc/fonts /etc/ld.so.cache
+/etc/ld.so.conf /etc/ld.so.conf.d /etc/localtime /etc/timezone /etc/mime.types /etc/R /etc/java
+""".split()
+_SYSTEM_HIDDEN = """
+/usr/etc/jupyter /usr/etc/ipython /usr/local/etc /usr/share/jupyter/nbgrader /usr/local/share/nbgrader
+/usr/src /usr/local/src
+""".split()
 
 
 def system_policy(environment: Mapping[str, str] | None = None, limits: Limits | None = None) -> Policy:

@@ -21,7 +21,7 @@ import socket
 import struct
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Any, NoReturn, Optional
+from typing import IO, Any, NoReturn
 
 from isolate import syscalls
 
@@ -190,7 +190,7 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
     os._exit(0)
 
 
-def _open_descriptor(descriptor: Optional[int]) -> Optional[IO[bytes]]:
+def _open_descriptor(descriptor: int | None) -> IO[bytes] | None:
     return None if descriptor is None else open(descriptor, "wb")
 
 
@@ -219,7 +219,13 @@ def _make_writable_places(plan: Plan) -> None:
             syscalls.move_mount(tree, target)
             os.close(tree)
     with contextlib.suppress(OSError):  # without one, `!command` in IPython fails and says so
-        syscalls.mount("devpts", "/dev/pts", "devpts", syscalls.MS_NOSUID | syscalls.MS_NOEXEC, "newinstance,ptmxmode=0666")
+        syscalls.mount(
+            "devpts",
+            "/dev/pts",
+            "devpts",
+            syscalls.MS_NOSUID | syscalls.MS_NOEXEC,
+            "newinstance,ptmxmode=0666",
+        )
 
 
 def _open_what_will_be_covered(plan: Plan) -> dict[str, tuple[int, bool]]:
@@ -353,7 +359,7 @@ def _limit_resources(limits: dict[str, Any]) -> None:
             resource.setrlimit(which, (value, value))
 
 
-def _send_ready(box: socket.socket, layers: list[str], shared: Optional[int]) -> None:
+def _send_ready(box: socket.socket, layers: list[str], shared: int | None) -> None:
     message = json.dumps({"event": "ready", "layers": layers}).encode()
     ancillary = []
     if shared is not None:

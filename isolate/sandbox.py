@@ -37,7 +37,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -105,7 +104,12 @@ def _mount_entries(policy: Policy) -> list[dict[str, Any]]:
             mode = os.stat(source).st_mode
         except OSError as error:
             raise SandboxError("policy", f"the visible path {source} cannot be read: {error.strerror}") from error
-        entry: dict[str, Any] = {"kind": kind, "source": source, "target": target, "directory": stat.S_ISDIR(mode)}
+        entry: dict[str, Any] = {
+            "kind": kind,
+            "source": source,
+            "target": target,
+            "directory": stat.S_ISDIR(mode),
+        }
         if os.path.islink(source):
             real = os.path.realpath(source)
             if any(_is_below(real, other) for other in real_sources if other != real) and source == target:
@@ -197,16 +201,34 @@ class Sandbox:
             files = [file.fileno() for file in (self._command.archive, self._command.keep) if file]
             lease_fds = [leased.holder] if leased else []
             package = os.path.dirname(os.path.dirname(os.path.abspath(isolate.__file__)))
-            start = f"import sys; sys.path.append({package!r}); from isolate.launcher import main; sys.exit(main(*map(int, sys.argv[1:])))"
+            start = (
+                f"import sys; sys.path.append({package!r}); from isolate.launcher import main; "
+                "sys.exit(main(*map(int, sys.argv[1:])))"
+            )
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-B", "-c", start, str(theirs.fileno()), str(plan_file.fileno())],
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        "-B",
+                        "-c",
+                        start,
+                        str(theirs.fileno()),
+                        str(plan_file.fileno()),
+                    ],
                     env={},
                     cwd="/",
                     stdin=self._command.stdin,
                     stdout=self._command.stdout,
                     stderr=self._command.stderr,
-                    pass_fds=[theirs.fileno(), plan_file.fileno(), *files, *lease_fds, *self._command.pass_fds],
+                    pass_fds=[
+                        theirs.fileno(),
+                        plan_file.fileno(),
+                        *files,
+                        *lease_fds,
+                        *self._command.pass_fds,
+                    ],
                     start_new_session=True,
                 )
             except OSError as error:

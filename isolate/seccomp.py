@@ -33,7 +33,8 @@ munmap pkey_alloc pkey_free pkey_mprotect mbind set_mempolicy map_shadow_stack m
 _PROCESSES = """execve execveat exit exit_group fork vfork wait4 waitid getpgid getpgrp getpid getppid getpriority
 getrlimit getrusage getsid gettid prlimit64 setrlimit setpgid setpriority setsid set_robust_list get_robust_list
 set_tid_address arch_prctl prctl rseq futex futex_waitv futex_wake futex_wait futex_requeue membarrier
-sched_setattr sched_setparam sched_setscheduler sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
+sched_setattr sched_setparam sched_setscheduler sched_get_priority_max sched_get_priority_min
+sched_getaffinity sched_getattr sched_getparam sched_getscheduler
 sched_rr_get_interval sched_setaffinity sched_yield getcpu capget capset restart_syscall kill tgkill tkill
 rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
 rt_tgsigqueueinfo sigaltstack signalfd signalfd4 pause alarm getitimer setitimer pidfd_open pidfd_send_signal
@@ -50,15 +51,16 @@ _SYSTEM = """getrandom sysinfo uname io_setup io_submit io_cancel io_destroy io_
 _ALLOWED = " ".join((_FILES, _MEMORY, _PROCESSES, _IDENTITY, _TIME, _WAITING, _SOCKETS, _SYSTEM)).split()
 
 # Answered with EPERM: the programs that call these should see a plain refusal.
-_REFUSED = """acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init
-finit_module fsconfig fsmount fsopen fspick get_kernel_syms init_module io_uring_enter io_uring_register
-io_uring_setup ioperm iopl ioprio_set kcmp kexec_file_load kexec_load keyctl lookup_dcookie memfd_secret
-migrate_pages mknod mknodat mount mount_setattr move_mount move_pages name_to_handle_at nfsservctl
-open_by_handle_at open_tree perf_event_open pidfd_getfd pivot_root process_madvise
-process_mrelease process_vm_readv process_vm_writev ptrace query_module quotactl quotactl_fd reboot
-request_key sethostname setdomainname setns settimeofday
-shmat shmctl shmdt shmget msgctl msgget msgrcv msgsnd semctl semget semop semtimedop stime swapoff swapon
-syslog umount umount2 unshare uselib userfaultfd ustat vhangup""".split()
+_REFUSED = """
+acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init finit_module fsconfig
+fsmount fsopen fspick get_kernel_syms init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl
+ioprio_set kcmp kexec_file_load kexec_load keyctl lookup_dcookie memfd_secret migrate_pages mknod mknodat
+mount mount_setattr move_mount move_pages name_to_handle_at nfsservctl open_by_handle_at open_tree
+perf_event_open pidfd_getfd pivot_root process_madvise process_mrelease process_vm_readv process_vm_writev
+ptrace query_module quotactl quotactl_fd reboot request_key sethostname setdomainname setns settimeofday shmat
+shmctl shmdt shmget msgctl msgget msgrcv msgsnd semctl semget semop semtimedop stime swapoff swapon syslog
+umount umount2 unshare uselib userfaultfd ustat vhangup
+""".split()
 
 _NAMESPACE_FLAGS = (
     syscalls.CLONE_NEWNS

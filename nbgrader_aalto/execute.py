@@ -29,7 +29,13 @@ from isolate.policy import Bind, Limits, Policy, SandboxError, parse_size
 from nbgrader_aalto.written import WRITTEN_SUFFIX, keep_written
 
 _DEFAULT = Limits()
-_HOOKS = ("on_notebook_start", "on_notebook_complete", "on_notebook_error", "on_cell_start", "on_cell_execute")
+_HOOKS = (
+    "on_notebook_start",
+    "on_notebook_complete",
+    "on_notebook_error",
+    "on_cell_start",
+    "on_cell_execute",
+)
 
 
 class HostFault(NbGraderException):
@@ -52,7 +58,8 @@ class IsolatedExecute(Execute):
         ),
     ).tag(config=True)
     read_only = List(
-        Unicode(), help="Directories and files of this machine that student code can read, such as /coursedata."
+        Unicode(),
+        help="Directories and files of this machine that student code can read, such as /coursedata.",
     ).tag(config=True)
     hidden = List(
         Unicode(),
@@ -134,7 +141,10 @@ class IsolatedExecute(Execute):
             return self._execute(nb, where, directory)
         except SandboxError as error:
             self.log.warning(
-                "Trying notebook '%s' of student '%s' once more: %s", where["notebook"], where["student"], error
+                "Trying notebook '%s' of student '%s' once more: %s",
+                where["notebook"],
+                where["student"],
+                error,
             )
             return self._execute(nb, where, directory)
 
@@ -276,7 +286,9 @@ class IsolatedExecute(Execute):
 
     def _skipped(self, nb: NotebookNode, where: dict[str, str]) -> Collection[int]:
         """Cells that the instructor's notebook tags with `skip_cells_with_tag`; what a student tags runs."""
-        tagged = [cell for cell in self._source_cells(where) if self.skip_cells_with_tag in cell.metadata.get("tags", [])]
+        tagged = [
+            cell for cell in self._source_cells(where) if self.skip_cells_with_tag in cell.metadata.get("tags", [])
+        ]
         names = {_grade_id(cell) for cell in tagged} - {None}
         texts = {cell.source for cell in tagged if _grade_id(cell) is None}
         return {

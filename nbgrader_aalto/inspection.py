@@ -23,16 +23,14 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import dateutil.parser  # type: ignore[import-untyped]
+import dateutil.parser
 import nbformat
 from nbformat.validator import get_validator, normalize
 from nbgrader.nbgraderformat import SCHEMA_VERSION
 from nbgrader.utils import parse_utc
 
 MAX_REFUSALS = 20  # of one submission: enough to see what is wrong, and a million links stay a short message
-MAX_PATH_BYTES = (
-    1024  # relative; far below PATH_MAX (4096), which the longer path in autograded/ must not reach
-)
+MAX_PATH_BYTES = 1024  # relative; far below PATH_MAX (4096), which the longer path in autograded/ must not reach
 MAX_TIMESTAMP_BYTES = 100
 # nbformat explains what is wrong with an invalid notebook by jsonschema, at 55 kB and 1 ms per bad value
 # (a 400 kB notebook took 5.4 GB and 95 s); a valid one costs a hundredth of that.
@@ -178,9 +176,7 @@ class _Inspection:
             self.refuse(path, Unfit(f"is {_kind(status)}, not a directory", _BY_HAND))
             raise _Enough from None
 
-    def tree(
-        self, directory: int, path: PurePosixPath, patterns: Sequence[str], ignored: bool = False
-    ) -> None:
+    def tree(self, directory: int, path: PurePosixPath, patterns: Sequence[str], ignored: bool = False) -> None:
         """Look at all names below the open `directory`, ignored ones too, as os.walk does in stock."""
         if len(path.parts) > self.limits.max_tree_depth:
             self.too_much(path, f"is deeper than {self.limits.max_tree_depth} directories", "max_tree_depth")
@@ -189,9 +185,7 @@ class _Inspection:
             for entry in entries:
                 self.entries += 1
                 if self.entries > self.limits.max_entries:
-                    self.too_much(
-                        path, f"is part of more than {self.limits.max_entries} files", "max_entries"
-                    )
+                    self.too_much(path, f"is part of more than {self.limits.max_entries} files", "max_entries")
                     raise _Enough
                 below = path / entry.name
                 self.name(below)

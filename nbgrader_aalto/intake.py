@@ -28,7 +28,7 @@ from nbgrader_aalto.earlier import EarlierResult
 from nbgrader_aalto.inspection import IntakeLimits, Refusal, inspect_submission, printable
 
 
-class IntakeExporter(NotebookExporter):  # type: ignore[misc]  # nbconvert is untyped
+class IntakeExporter(NotebookExporter):
     """A `NotebookExporter` that has each submission inspected before nbgrader's Autograde touches it.
 
     Theory of operation. `BaseConverter.start` finds the submissions by name, makes its exporter, and calls
@@ -82,9 +82,7 @@ class IntakeExporter(NotebookExporter):  # type: ignore[misc]  # nbconvert is un
         if isinstance(self.parent, Autograde):
             for grade_id in forget_duplicates(nb):
                 student = (resources or {}).get("nbgrader", {}).get("student")
-                self.log.warning(
-                    "Student %s has cell '%s' several times; the last is graded", student, grade_id
-                )
+                self.log.warning("Student %s has cell '%s' several times; the last is graded", student, grade_id)
         exported: tuple[Any, Any] = super().from_notebook_node(nb, resources, **kwargs)
         return exported
 
@@ -167,16 +165,12 @@ class IntakeExporter(NotebookExporter):  # type: ignore[misc]  # nbconvert is un
         source = os.path.normpath(converter._format_source(assignment_id, student_id))
         if any(os.path.dirname(path) != source for path in map(os.path.normpath, converter.notebooks)):
             # glob took a student called "a[b]" for a pattern and found the notebooks of the student "ab"
-            return [
-                Refusal("its directory", "has a name that is a wildcard for another student's", "Rename it")
-            ]
+            return [Refusal("its directory", "has a name that is a wildcard for another student's", "Rename it")]
         base, inside = split_source(course, converter._input_directory, student_id, assignment_id)
         refusals = inspect_submission(base, inside, (), self.limits(), course.ignore)
         if refusals or self._unchanged(converter, assignment_id, student_id):
             return refusals
-        names = self._notebooks(course, assignment_id) & {
-            os.path.basename(path) for path in converter.notebooks
-        }
+        names = self._notebooks(course, assignment_id) & {os.path.basename(path) for path in converter.notebooks}
         return inspect_submission(base, inside, names, self.limits(), course.ignore)
 
     def _unchanged(self, converter: Any, assignment_id: str, student_id: str) -> bool:
@@ -218,9 +212,8 @@ class IntakeExporter(NotebookExporter):  # type: ignore[misc]  # nbconvert is un
             f"  {printable(student)} ({printable(assignment)}): {'; '.join(map(str, refusals))}"
             for (assignment, student), refusals in self._refused.items()
         ]
-        message = (
-            f"{len(lines)} submission(s) refused, not graded; earlier results of theirs are kept:\n"
-            + "\n".join(lines)
+        message = f"{len(lines)} submission(s) refused, not graded; earlier results of theirs are kept:\n" + "\n".join(
+            lines
         )
         self.log.error(message)
         raise NbGraderException("\n".join(filter(None, [other, message])))

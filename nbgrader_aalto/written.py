@@ -15,7 +15,7 @@ def keep_written(after: IO[bytes], before: IO[bytes], directory: Path) -> None:
     The archive was packed by the room's init, never by student code, from regular files within the policy's
     size; names are the student's and may not lead out. Nothing is made when nothing was written.
     """
-    known = {name: content for name, content in _regular_files(before)}
+    known = dict(_regular_files(before))
     if directory.is_symlink() or directory.is_file():
         directory.unlink()
     elif directory.exists():

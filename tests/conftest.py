@@ -42,7 +42,7 @@ def person(request: pytest.FixtureRequest, stage: Stage) -> Person:
     return Person("root", 0, 0, Path("/root"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def attacker(stage: Stage, person: Person, request: pytest.FixtureRequest) -> Iterator[Attacker]:
     """Probes as this person, with a directory of their own that is gone after the test."""
     number = f"{os.getpid()}-{abs(hash(request.node.nodeid)):x}"

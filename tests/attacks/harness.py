@@ -219,9 +219,6 @@ class Running:
                 self._heard += block
         return self._heard.decode(errors="replace")
 
-    def tell(self, word: str = "") -> None:
-        raise NotImplementedError
-
     def finish(self, seconds: float = LONG) -> dict[str, Any]:
         try:
             _, errors = self.process.communicate(timeout=seconds)
@@ -245,6 +242,7 @@ class Attacker:
         """In the supervisor's environment, and free to be put elsewhere. Nobody inside may ever know it."""
         self.temporary = self.make_directory("temporary")
         self._running: list[subprocess.Popen[bytes]] = []
+        self._elsewhere: list[Path] = []
 
     def make_directory(self, name: str) -> Path:
         path = self.directory / name
@@ -261,6 +259,14 @@ class Attacker:
 
     def give(self, path: Path) -> None:
         os.chown(path, self.person.uid, self.person.gid)
+
+    def elsewhere(self, name: str) -> Path:
+        """A directory of this person's that no writable place of a sandbox would cover."""
+        path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/var/tmp"))
+        path.chmod(0o755)
+        self.give(path)
+        self._elsewhere.append(path)
+        return path
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -335,7 +341,8 @@ class Attacker:
             if process.poll() is None:
                 process.kill()
             process.communicate()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for path in (self.directory, *self._elsewhere):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def processes(wanted: Callable[[int], bool]) -> list[int]:
