@@ -131,7 +131,7 @@ def _mount_entries(policy: Policy) -> list[dict[str, Any]]:
 
 def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
     mounts = _mount_entries(policy)
-    directories = [*_WRITABLE_PLACES, "/run", "/root"]
+    directories = [*_WRITABLE_PLACES, "/run"]
     if command.share_at is not None:
         directories.append(command.share_at)
     return {

@@ -145,8 +145,7 @@ class Canaries:
             "gradebook.db": course / "gradebook.db",
             "nbgrader_config.py": course / "nbgrader_config.py",
             "source notebook": course / "source/ps1/functions.ipynb",
-            "autograded notebook with its hidden tests": course
-            / "autograded/mallory-reads/ps1/functions.ipynb",
+            "autograded notebook with its hidden tests": course / "autograded/mallory-reads/ps1/functions.ipynb",
             "submission of aino": course / "submitted/aino/ps1/functions.ipynb",
             "autograded notebook of aino": course / "autograded/aino/ps1/functions.ipynb",
         }
@@ -173,10 +172,12 @@ class Canaries:
         the test cells; only `witness.tries` can tell whether student code read them.
         """
         result: dict[str, list[str]] = {name: [] for name in self.tokens}
+        # released feedback is called by a hash, so a file of aino's own is known by its content
+        released = [path.read_bytes() for path in (self.root / "course/feedback/aino").rglob("*.html")]
         for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
             data = path.read_bytes()
             for name, token in self.tokens.items():
-                allowed = name == "hidden" or (name == "submission" and "aino" in path.parts)
+                allowed = name == "hidden" or (name == "submission" and ("aino" in path.parts or data in released))
                 if not allowed and token.encode() in data:
                     result[name].append(str(path.relative_to(self.root)))
         return result

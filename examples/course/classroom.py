@@ -88,9 +88,7 @@ class Classroom:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(
-                ("JUPYTER", "IPYTHON", "XDG_CONFIG", "XDG_DATA", "XDG_CACHE", "NBGRADER_AALTO_")
-            )
+            if not name.startswith(("JUPYTER", "IPYTHON", "XDG_CONFIG", "XDG_DATA", "XDG_CACHE", "NBGRADER_AALTO_"))
         }
         stock = {"NBGRADER_AALTO_STOCK": "1"} if self.stock else {}
         # nbgrader calls `alembic` by name: as in an activated environment, ours comes first

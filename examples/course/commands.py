@@ -42,9 +42,7 @@ def run_all(jobs: Sequence[Job], directory: Path, environment: Mapping[str, str]
             raise CommandFailed(said.read().decode(errors="replace")[-3000:])
 
 
-def _run(
-    command: list[str], directory: Path, environment: Mapping[str, str], log: Path, text: str = ""
-) -> int:
+def _run(command: list[str], directory: Path, environment: Mapping[str, str], log: Path, text: str = "") -> int:
     with log.open("a") as out:
         done = subprocess.run(
             command, cwd=directory, env=dict(environment), input=text, text=True, stdout=out, stderr=out

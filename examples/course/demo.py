@@ -28,7 +28,7 @@ from submissions import STUDENTS, Scores, Student
 from verdicts import Judge, Row, all_held
 from witness import MIB, Watch, survivors
 
-TIMEOUT_SECONDS = 6
+TIMEOUT_SECONDS = 5
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 AllScores = dict[str, dict[str, dict[str, Scores]]]
@@ -99,9 +99,7 @@ def make_sure_of_the_sandbox(room: Classroom, student: Student) -> None:
 def collect_scores(room: Classroom, students: list[Student]) -> AllScores:
     """Student, assignment, notebook, grade cell: automatic score."""
     return {
-        student.name: {
-            assignment: room.scores(student.name, assignment) for assignment in student.assignments
-        }
+        student.name: {assignment: room.scores(student.name, assignment) for assignment in student.assignments}
         for student in students
     }
 
@@ -164,11 +162,11 @@ def demonstrate(room: Classroom, students: list[Student], scores_file: Path | No
     with canaries.listening():
         hold_the_course(room, canaries, students)
         judge = None if room.stock else Judge(room, canaries)
-        places = [room.root, Path("/"), Path("/tmp"), Path("/dev/shm"), Path.home()]
+        places = [Path(name) for name in ("/tmp", "/var/tmp", "/dev/shm", "/run", Path.home())]
         try:
             if not room.stock:
                 make_sure_of_the_sandbox(room, students[0])
-            with Watch(canaries.marker, places) as watch:
+            with Watch(canaries.marker, room.root, places) as watch:
                 troubles = grade(room)
             if judge:
                 judge.look(watch)

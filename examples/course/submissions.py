@@ -81,9 +81,7 @@ def grade_id(cell: NotebookNode) -> str:
 
 def hostile_cells(source: str, known: Mapping[str, Any]) -> list[NotebookNode]:
     """The cells of a hostile script (`# %%` begins a cell), after those that all of them share."""
-    common = (
-        (HOSTILE_SOURCES / "common.py").read_text().replace("KNOWN: dict = {}", f"KNOWN: dict = {known!r}")
-    )
+    common = (HOSTILE_SOURCES / "common.py").read_text().replace("KNOWN: dict = {}", f"KNOWN: dict = {known!r}")
     script = (HOSTILE_SOURCES / source).read_text().replace("from common import *\n", "")
     head, *rest = script.split("# %% ")
     cells = [common, head, *(f"# {text}" for text in rest)]
@@ -246,9 +244,7 @@ def plot_temperatures(table):
         "a loop that never ends",
         "honest",
         PS1,
-        with_answer(
-            "ps1/functions", "longest_start", "def longest_start(limit):\n    while True:\n        pass\n"
-        ),
+        with_answer("ps1/functions", "longest_start", "def longest_start(limit):\n    while True:\n        pass\n"),
         scores(functions={"test_longest_start": 0}),
     ),
     Student(

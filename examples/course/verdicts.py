@@ -14,9 +14,10 @@ from classroom import Classroom
 from submissions import STUDENTS, Student
 from witness import MIB, Watch, core_pattern, fingerprint, mounts, survivors, traces, tries
 
-# Half-way between what a well-behaved grading run takes and what the attacks reach for.
-MEMORY_BOUND, DISK_BOUND = 3072 * MIB, 900 * MIB
-INODE_BOUND, PROCESS_BOUND = 80_000, 290
+# Between what a well-behaved run takes and what the attacks reach for. Files and processes are told apart by
+# their names; memory and disks are those of the whole machine, where others may be at work too.
+MEMORY_BOUND, DISK_BOUND = 3584 * MIB, 4096 * MIB
+FILE_BOUND, COUNT_BOUND, PROCESS_BOUND = 300 * MIB, 30_000, 290
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Judge:
         """Observe everything once, right after the hostile notebooks have been graded."""
         self._look_for_processes(watch)
         self._look_for_tokens()
+        self._look_for_hidden_tests()
         self._listen()
         self._look_at_resources(watch)
         self._look_at_the_host()
@@ -92,9 +94,16 @@ class Judge:
             leaks = places[name]
             self.note(f"token in {', '.join(leaks[:2])}" if leaks else "token nowhere", not leaks, *judged)
         leaks = sorted(name for name, found in places.items() if found)
-        self.note(
-            f"leaked: {', '.join(leaks)}" if leaks else "no token anywhere", not leaks, "walk for tokens"
-        )
+        self.note(f"leaked: {', '.join(leaks)}" if leaks else "no token anywhere", not leaks, "walk for tokens")
+
+    def _look_for_hidden_tests(self) -> None:
+        """A hook sees a test while it runs; it must not tell the student more than everybody's feedback does."""
+        feedback = self.room.course / "feedback"
+        usual = (feedback / "dana/ps1/functions.html").read_text()
+        told = "SEEN" in (feedback / "mallory-reads/ps1/functions.html").read_text()
+        shown = self.canaries.tokens["hidden"] in usual
+        where = "in everybody's feedback" if shown else "in the attacker's feedback" if told else "in no feedback"
+        self.note(f"hidden tests: {where}", shown or not told, "hook that prints")
 
     def _listen(self) -> None:
         names = {"tcp": "TCP", "udp": "UDP", "abstract": "abstract Unix", "unix": "Unix socket by path"}
@@ -108,10 +117,11 @@ class Judge:
             watch.memory_taken < MEMORY_BOUND,
             *("4 GiB", "256 MiB", "SysV"),
         )
-        disk = f"host's disks: at most {watch.disk_taken // MIB} MiB"
-        self.note(disk, watch.disk_taken < DISK_BOUND, "fill /", "fill the work", "a sparse file")
-        inodes = f"host's disks: at most {watch.inodes_taken} inodes"
-        self.note(inodes, watch.inodes_taken < INODE_BOUND, "fill inodes")
+        disk = f"on the host: {watch.file_bytes // MIB} MiB, disks grew {watch.disk_taken // MIB} MiB"
+        held = watch.file_bytes < FILE_BOUND and watch.disk_taken < DISK_BOUND
+        self.note(disk, held, "fill /", "fill the work", "a sparse file")
+        text = f"on the host: {watch.file_count} files"
+        self.note(text, watch.file_count < COUNT_BOUND, "fill inodes")
 
     def _look_at_the_host(self) -> None:
         left = mounts() - self.mounts
@@ -119,12 +129,8 @@ class Judge:
         same = core_pattern() == self.core_pattern
         self.note("unchanged" if same else "changed", same, "core_pattern")
         now = fingerprint(self.precious)
-        changed = sorted(
-            {name for name in self.files.keys() | now.keys() if self.files.get(name) != now.get(name)}
-        )
-        text = (
-            f"changed: {Path(changed[0]).name} and {len(changed) - 1} more" if changed else "files unchanged"
-        )
+        changed = sorted({name for name in self.files.keys() | now.keys() if self.files.get(name) != now.get(name)})
+        text = f"changed: {Path(changed[0]).name} and {len(changed) - 1} more" if changed else "files unchanged"
         self.note(text, not changed, "write into the course", "write through", "symlink in place")
         top = [self.room.course, self.room.root / "home"]
         left_behind = traces(top, self.canaries.marker)
@@ -177,9 +183,7 @@ class Judge:
             held = bool(graded) and points == 0
             rows.append(Row(student.name, what, "-", told, held))
             if not self._tries(student):
-                rows.append(
-                    Row(student.name, "(any)", "-", "the notebook said nothing, so nothing is shown", False)
-                )
+                rows.append(Row(student.name, "(any)", "-", "the notebook said nothing, so nothing is shown", False))
         return rows
 
 

@@ -3,12 +3,14 @@
 It knows /proc, file systems and the outputs of notebooks, but not what a sandbox is.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import stat
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -97,30 +99,47 @@ def tries(notebook: Path) -> dict[str, str]:
     return result
 
 
+def marked_files(root: Path, places: list[Path], marker: str) -> tuple[int, int]:
+    """How many files bear the marker, below root or directly in one of the places, and their size in bytes."""
+    count, size = 0, 0
+    for top in [root, *places]:
+        for folder, inner, names in os.walk(top):  # not pathlib: folders may vanish meanwhile
+            if top != root and marker not in folder:
+                inner[:] = [name for name in inner if marker in name]
+            for name in names:
+                if marker in name or marker in folder:
+                    with contextlib.suppress(OSError):
+                        count, size = count + 1, size + os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return count, size
+
+
 @dataclass
 class Watch:
-    """A thread that samples memory, disks and marked processes; the extremes are there when it ends."""
+    """A thread that samples memory, marked files and marked processes; the maxima are there when it ends."""
 
     marker: str
+    root: Path
     places: list[Path]
     memory_taken: int = 0
+    file_bytes: int = 0
+    file_count: int = 0
     disk_taken: int = 0
-    inodes_taken: int = 0
     most_processes: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> "Watch":
         self._memory = memory_available()
         self._disks = {place: os.statvfs(place) for place in self.places}
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1)
+        self._sampling = self._thread.submit(self._sample)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.shutdown()
+        self._sampling.result()  # a witness that fell asleep is no witness
 
     def _sample(self) -> None:
         while not self._stop.wait(INTERVAL_SECONDS):
@@ -129,4 +148,5 @@ class Watch:
             for place, before in self._disks.items():
                 now = os.statvfs(place)
                 self.disk_taken = max(self.disk_taken, (before.f_bfree - now.f_bfree) * now.f_frsize)
-                self.inodes_taken = max(self.inodes_taken, before.f_ffree - now.f_ffree)
+            count, size = marked_files(self.root, self.places, self.marker)
+            self.file_count, self.file_bytes = max(self.file_count, count), max(self.file_bytes, size)

@@ -59,9 +59,7 @@ def _() -> str:
 def _() -> str:
     os.kill(KNOWN["pid"], 0)
     seen = Path(f"/proc/{KNOWN['pid']}/cmdline").read_bytes()
-    return (
-        "got through" if b"demo.py" in seen else "a process of that number exists here, but it is another one"
-    )
+    return "got through" if b"demo.py" in seen else "a process of that number exists here, but it is another one"
 
 
 # %% mounts and namespaces, each in a child of its own
@@ -88,9 +86,7 @@ def _() -> str:
 
 @attempt("nested user namespace, all at once")
 def _() -> str:
-    return in_child(
-        lambda: f"got {call('unshare', CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWNS)}"
-    )
+    return in_child(lambda: f"got {call('unshare', CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWNS)}")
 
 
 for _kind in ("user", "mnt", "pid", "net"):

@@ -23,7 +23,7 @@ def told(size: int) -> str:
 # %% one child takes 4 GiB
 @attempt("4 GiB in one process")
 def _() -> str:
-    return in_child(lambda: told(hoard(4096 * MIB, 3.0)), 4)
+    return in_child(lambda: told(hoard(4096 * MIB, 2.5)), 4)
 
 
 # %% sixteen children take 256 MiB each and hold it
@@ -76,4 +76,4 @@ print("TRY 4 GiB in the kernel itself: begun", flush=True)
 
 @attempt("4 GiB in the kernel itself")
 def _() -> str:
-    return told(hoard(4096 * MIB, 3.0))
+    return told(hoard(4096 * MIB, 2.5))

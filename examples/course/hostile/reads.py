@@ -30,9 +30,7 @@ def _() -> str:
 @attempt("hidden tests in the tree above")
 def _() -> str:
     above = Path("../../../../../../../..").resolve()
-    found = [str(path) for path in above.glob("*/*/source")] + [
-        str(path) for path in above.glob("*/*/*/source")
-    ]
+    found = [str(path) for path in above.glob("*/*/source")] + [str(path) for path in above.glob("*/*/*/source")]
     return f"got {found}" if found else f"nothing under {above} with {len(os.listdir(above))} entries"
 
 
@@ -82,12 +80,7 @@ def _() -> str:
 
 @attempt("home directories")
 def _() -> str:
-    names = [
-        f"{place}/{name}"
-        for place in ("/root", "/home")
-        if os.path.isdir(place)
-        for name in os.listdir(place)
-    ]
+    names = [f"{place}/{name}" for place in ("/root", "/home") if os.path.isdir(place) for name in os.listdir(place)]
     return f"saw {len(names)} entries"
 
 
@@ -108,11 +101,7 @@ def _() -> str:
 @attempt("mount table names the course")
 def _() -> str:
     text = Path("/proc/self/mountinfo").read_text()
-    return (
-        "got the path of the course"
-        if KNOWN["secret_name"] in text
-        else f"{len(text.splitlines())} mounts, no path"
-    )
+    return "got the path of the course" if KNOWN["secret_name"] in text else f"{len(text.splitlines())} mounts, no path"
 
 
 # %% the network
