@@ -42,27 +42,49 @@ MAX_NESTING = 64
 ODD_MESSAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError)
 """What a message that breaks the protocol's rules can raise in jupyter_client, nbclient and nbformat."""
 _MAX_INTERRUPTS = 3
+_RESERVE_BYTES = 512 * 1024
 _WIDGET_STATE_BYTES = 4 * 1024 * 1024
 
 
 class Budget:
-    """How many bytes of output are still wanted, for this cell and for the notebook."""
+    """How many bytes of output are still wanted, for this cell and for the notebook.
+
+    Errors, results and stderr decide over points, so a reserve is theirs when the rest is used up: printing a lot
+    must not make a failure disappear. When even one of these had to be dropped, the cell's outputs are `lost`.
+    """
 
     def __init__(self, cell_bytes: int, total_bytes: int) -> None:
-        self._cell_bytes, self.total_left = cell_bytes, total_bytes
-        self._left, self.cut = 0, False
+        self._cell_bytes, self._total_left = cell_bytes, total_bytes
+        self.start_cell()
 
     def start_cell(self) -> None:
-        self._left, self.cut = min(self._cell_bytes, self.total_left), False
+        self._left, self._reserve = min(self._cell_bytes, self._total_left), _RESERVE_BYTES
+        self.cut = self.lost = False
 
-    def take(self, size: int) -> bool:
-        """Whether a message of this size is still wanted; none is, once one was not."""
-        if self.cut or size > self._left:
-            self.cut = True
-            return False
-        self._left -= size
-        self.total_left -= size
-        return True
+    def take(self, size: int, *, decides: bool) -> int:
+        """How many bytes of a message of this size are still wanted: all, the first ones, or none.
+
+        After the first that was not wanted whole, only what decides is.
+        """
+        if not self.cut and size <= self._left:
+            self._left -= size
+            self._total_left -= size
+            return size
+        head, self.cut = 0 if self.cut else self._left, True
+        if not decides:
+            self._total_left -= head
+            return head
+        if size <= self._reserve:
+            self._reserve -= size
+            return size
+        self.lost = True
+        return 0
+
+
+def decides(header: bytes, content: bytes) -> bool:
+    """Whether a message may decide over points, told without parsing it; in doubt, it may."""
+    kinds = (b'"error"', b'"execute_result"')
+    return any(kind in header for kind in kinds) or (b'"stream"' in header and b'"stderr"' in content)
 
 
 class GuardedChannel(AsyncZMQSocketChannel):
@@ -84,9 +106,17 @@ class GuardedChannel(AsyncZMQSocketChannel):
         try:
             _, parts = self.session.feed_identities(frames)
             is_status = b'"status"' in parts[1] and len(parts[4]) < 1024
-            if self.budget and not is_status and not self.budget.take(sum(map(len, frames))):
+            size = sum(map(len, frames))
+            wanted = size
+            if self.budget and not is_status:
+                wanted = self.budget.take(size, decides=decides(parts[1], parts[4]))
+            if not wanted:
                 return None
             message: dict[str, Any] = self.session.deserialize(parts, copy=True)
+            if wanted < size:
+                if message["header"]["msg_type"] != "stream":
+                    return None  # half an image is none
+                message["content"]["text"] = message["content"]["text"][:wanted]
         except ODD_MESSAGE:
             return None
         well_formed = isinstance(message.get("content"), dict) and isinstance(message.get("parent_header"), dict)
@@ -261,6 +291,20 @@ class Driver:
                 return info
         raise DeadKernelError("the kernel ended before it was ready")
 
+    async def _reconnected(self) -> bool:
+        """Whether outputs flow again through a new socket.
+
+        libzmq closes one for good when a message is over the size that it allows.
+        """
+        self.client.iopub_channel.close()
+        self.client._iopub_channel = None
+        self.client.iopub_channel.budget = self.budget
+        try:
+            await asyncio.wait_for(self._wait_until_ready(), timeout=10)
+        except (TimeoutError, DeadKernelError):
+            return False
+        return True
+
     async def _run_cell(self, index: int, cell: Any) -> bool:
         """Whether the kernel can go on. What happened is in the result."""
         record: dict[str, Any] = {"ended": "ok", "detail": ""}
@@ -280,13 +324,14 @@ class Driver:
                 self.tell(KILL)
             else:
                 record["ended"] = "iopub timeout"
+                go_on = await self._reconnected()
         except CellExecutionError:
             record["ended"], go_on = "stopped", False
         except ODD_MESSAGE as error:
             record["ended"], record["detail"] = "odd message", type(error).__name__
         record["seconds"] = time.monotonic() - started
-        if record["ended"] == "ok" and self.kernel.interrupted:
-            record["ended"] = "timeout"
+        if record["ended"] == "ok":
+            record["ended"] = "timeout" if self.kernel.interrupted else "lost" if self.budget.lost else "ok"
         record["cut"] = self.budget.cut
         # Later cells may update earlier displays, so outputs are gathered at the end.
         self.result["cells"][index] = record
@@ -306,15 +351,33 @@ class Driver:
                 self.result["widgets_cut"] = True
 
     def document(self) -> bytes:
-        """The result, in which every string can be written as UTF-8 and no number is NaN."""
+        """The result, in which every string can be written as UTF-8 and no number is NaN.
+
+        Within `document_bytes`: what takes far more room as JSON than it took as a message (control characters)
+        goes, the largest cell first.
+        """
         for index, cell in enumerate(self.runner.nb.cells):
             record = self.result["cells"].get(index)
             if record is not None:
-                record["outputs"] = cell.outputs
+                record["outputs"] = _finite(cell.outputs)
                 record["execution_count"] = cell.execution_count
                 record["timing"] = cell.metadata.get("execution")
-        text = json.dumps(_finite(self.result), allow_nan=False, ensure_ascii=False)
-        return text.encode("utf-8", "replace")
+        text = _encode(self.result)
+        while len(text) > self.job["document_bytes"]:
+            largest = max(self.result["cells"].values(), key=lambda record: len(_encode(record["outputs"])))
+            largest["outputs"] = [output for output in largest["outputs"] if output["output_type"] == "error"][:1]
+            largest["cut"] = True
+            if len(_encode(largest["outputs"])) > self.job["document_bytes"] // 4:
+                largest["outputs"] = [nbformat.v4.new_output("error", ename="Error", evalue="", traceback=[])]
+            shorter = _encode(self.result)
+            if len(shorter) >= len(text):
+                break
+            text = shorter
+        return text
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _finite(value: Any) -> Any:

@@ -62,7 +62,7 @@ class Settings:
         }
     )
     iopub_timeout: int = 4
-    raise_on_iopub_timeout: bool = True
+    """Outputs that do not end within it are an error of that cell."""
     startup_timeout: float = 60
     allow_errors: bool = True
     allow_error_names: Sequence[str] = ()
@@ -74,7 +74,7 @@ class Settings:
     def for_driver(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         del values["timeout"], values["startup_timeout"]
-        return values | {"allow_error_names": list(self.allow_error_names)}
+        return values | {"allow_error_names": list(self.allow_error_names), "raise_on_iopub_timeout": True}
 
 
 class Ended(enum.StrEnum):
@@ -85,6 +85,7 @@ class Ended(enum.StrEnum):
     STUCK = "stuck"
     KERNEL_DIED = "kernel died"
     IOPUB_TIMEOUT = "iopub timeout"
+    LOST = "lost"
     ODD_MESSAGE = "odd message"
     STOPPED = "stopped"
     NOT_RUN = "not run"
@@ -192,7 +193,7 @@ class _Run:
         self._driver_said = bytearray()
         self._ready = False
         self._killed_for_driver = False
-        self._document_limit = 6 * policy.limits.output_bytes + 16 * MIB
+        self._document_limit = 2 * policy.limits.output_bytes + 8 * MIB
 
     def execute(self, files: IO[bytes] | None, keep: IO[bytes] | None) -> Execution:
         killed_by_host = _out_of_memory_kills()
@@ -218,7 +219,9 @@ class _Run:
     def _kernel_command(self, files: IO[bytes] | None, keep: IO[bytes] | None, stderr: int) -> Command:
         connection_file = f"{_SOCKETS}/connection.json"
         return Command(
-            [word.replace("{connection_file}", connection_file) for word in self._kernel.argv],
+            without_working_directory(
+                [word.replace("{connection_file}", connection_file) for word in self._kernel.argv]
+            ),
             archive=files,
             keep=keep,
             room_files={
@@ -244,6 +247,7 @@ class _Run:
             "interrupt_mode": self._kernel.interrupt_mode,
             "cell_output_bytes": limits.cell_output_bytes,
             "output_bytes": limits.output_bytes,
+            "document_bytes": self._document_limit,
         }
         return json.dumps(job).encode()
 
@@ -441,6 +445,21 @@ class _Run:
         return notebook, cells
 
 
+def without_working_directory(argv: Sequence[str]) -> list[str]:
+    """`python -m ipykernel_launcher ...` such that the kernel is never imported from the work directory.
+
+    `-m` looks there first, so that a student's ipykernel_launcher.py would be the kernel and its own examiner.
+    IPython puts the directory back for the notebook. (Python's `-P` does this from 3.11 on only.)
+    """
+    if len(argv) < 3 or argv[1] != "-m" or not os.path.basename(argv[0]).startswith("python"):
+        return list(argv)
+    start = (
+        "import sys; sys.path[:] = [entry for entry in sys.path if entry]; import runpy; "
+        f"runpy.run_module({argv[2]!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [argv[0], "-c", start, *argv[3:]]
+
+
 def _explain_cell(ended: Ended, cause: str, settings: Settings, found: Sequence[Any]) -> list[NotebookNode]:
     if ended is Ended.STOPPED and any(output.output_type == "error" for output in found):
         return []
@@ -452,8 +471,10 @@ def _explain_cell(ended: Ended, cause: str, settings: Settings, found: Sequence[
         ),
         Ended.IOPUB_TIMEOUT: (
             "OutputTimeoutError",
-            f"The outputs of this cell did not end within {settings.iopub_timeout} s (iopub_timeout) after it ran.",
+            f"The outputs of this cell did not end within {settings.iopub_timeout} s (iopub_timeout) after it ran; "
+            "a single output of more than 16 MiB has this effect, too.",
         ),
+        Ended.LOST: ("OutputLimitError", "Errors or results of this cell were lost because its output is too long."),
         Ended.ODD_MESSAGE: ("ProtocolError", "The kernel sent a message that breaks the Jupyter protocol."),
         Ended.STOPPED: ("CellExecutionError", "The execution stopped in this cell."),
     }[ended]

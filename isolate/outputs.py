@@ -14,7 +14,9 @@ from isolate.driver import MAX_NESTING, nesting
 from isolate.policy import MIB, Limits, SandboxError
 
 _MAX_OUTPUTS = 100_000
-_ENDINGS = {"ok", "timeout", "stuck", "kernel died", "iopub timeout", "odd message", "stopped"}
+_MAX_VALUES = 2_000_000
+"""Each value may cost a hundred bytes of memory for three of text."""
+_ENDINGS = {"ok", "timeout", "stuck", "kernel died", "iopub timeout", "odd message", "stopped", "lost"}
 _DOCUMENT_NESTING = MAX_NESTING + 16
 
 
@@ -32,6 +34,8 @@ def parse_document(document: bytes) -> dict[str, Any]:
     Raises `SandboxError` for a document that is truncated, too deep, not UTF-8, or not of this form.
     """
     try:
+        if sum(document.count(mark) for mark in (b"[", b"{", b",")) > _MAX_VALUES:
+            raise _Odd("too many values")
         raw = json.loads(document.decode("utf-8"), parse_constant=_refuse_constant)
         if nesting(raw) > _DOCUMENT_NESTING:
             raise _Odd("too deeply nested")

@@ -328,6 +328,12 @@ def _pack(file: IO[bytes], directory: str, limit: int) -> None:
 
 def _close_walls(plan: Plan) -> None:
     """The order matters: what needs a privilege first, the filter that forbids changes last."""
+    with step("rlimits", "keep the host's crash handler out"):
+        # Not 0, with which a core_pattern that is a pipe runs the host's crash handler as root; 1 is the
+        # kernel's own word for "no dump, no handler". fs/coredump.c
+        _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        core = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+        resource.setrlimit(resource.RLIMIT_CORE, (core, core))
     with step("capabilities", "drop them all"):
         syscalls.drop_all_capabilities()
     with step("no_new_privs", "set"):
@@ -345,7 +351,6 @@ def _limit_resources(limits: dict[str, Any]) -> None:
         resource.RLIMIT_FSIZE: limits["files_bytes"],
         resource.RLIMIT_NOFILE: limits["open_files"],
         resource.RLIMIT_CPU: int(limits["cpu_seconds"]) + 1,
-        resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 64 * 1024,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_SIGPENDING: 1024,

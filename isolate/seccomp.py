@@ -74,6 +74,7 @@ _NAMESPACE_FLAGS = (
 _SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 # ioctl_tty(2): typing into a terminal, the console's selection.
 _TERMINAL_INJECTION = (0x5412, 0x541C)
+_RLIMIT_CORE = 4
 _SUID_BITS = (stat.S_ISUID, stat.S_ISGID)
 _MODE_ARGUMENT = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "creat": 1}
 _OPEN_ARGUMENTS = {"open": (1, 2), "openat": (2, 3)}  # name: (index of flags, index of mode)
@@ -150,6 +151,9 @@ def _refuse_by_argument(lib: Any) -> bytes:
     low_word = 0xFFFFFFFF  # ioctl(2) ignores the upper half of its request, so the filter must too
     for request in _TERMINAL_INJECTION:
         rules.add(refuse, "ioctl", lib.Arg(1, lib.MASKED_EQ, low_word, request))
+    # A core limit of 1 keeps the host's crash handler out (see room); 0 would let it in again. core(5)
+    rules.add(refuse, "setrlimit", lib.Arg(0, lib.MASKED_EQ, low_word, _RLIMIT_CORE))
+    rules.add(refuse, "prlimit64", lib.Arg(1, lib.MASKED_EQ, low_word, _RLIMIT_CORE), lib.Arg(2, lib.NE, 0))
     # A set-uid file has no use in here, and a host directory that is writable must not receive one.
     for bit in _SUID_BITS:
         for name, index in _MODE_ARGUMENT.items():

@@ -202,7 +202,6 @@ class IsolatedExecute(Execute):
             interrupt_on_timeout=self.interrupt_on_timeout,
             error_on_timeout=self.error_on_timeout,
             iopub_timeout=self.iopub_timeout,
-            raise_on_iopub_timeout=self.raise_on_iopub_timeout,
             startup_timeout=self.startup_timeout,
             allow_errors=self.allow_errors,
             allow_error_names=tuple(self.allow_error_names),

@@ -165,6 +165,11 @@ class Classroom:
         command = ["autograde", assignment, "--Autograde.create_student=True", f"--student={student}"]
         return run(command, self.course, self.environment(), self.log)
 
+    def errors(self, assignment: str) -> list[str]:
+        """The lines of the log that are errors about this assignment."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line[:500] for line in lines if "| ERROR]" in line and assignment in line]
+
     def give_back(self) -> None:
         """Generate and release feedback, and export the grades."""
         self._instruct(

@@ -72,6 +72,7 @@ def grade(room: Classroom) -> list[str]:
         done("done" if code == 0 else f"exit code {code}")
         if code:
             troubles.append(f"nbgrader autograde {assignment} ended with exit code {code}")
+            troubles += room.errors(assignment)
     done = step("Feedback and export")
     try:
         room.give_back()

@@ -99,9 +99,12 @@ class Judge:
     def _look_for_hidden_tests(self) -> None:
         """A hook sees a test while it runs; it must not tell the student more than everybody's feedback does."""
         feedback = self.room.course / "feedback"
-        usual = (feedback / "dana/ps1/functions.html").read_text()
-        told = "SEEN" in (feedback / "mallory-reads/ps1/functions.html").read_text()
-        shown = self.canaries.tokens["hidden"] in usual
+        pages = [feedback / student / "ps1/functions.html" for student in ("dana", "mallory-reads")]
+        if not all(page.exists() for page in pages):
+            self.note("no feedback to look at", False, "hook that prints")
+            return
+        usual, attackers = (page.read_text() for page in pages)
+        shown, told = self.canaries.tokens["hidden"] in usual, "SEEN" in attackers
         where = "in everybody's feedback" if shown else "in the attacker's feedback" if told else "in no feedback"
         self.note(f"hidden tests: {where}", shown or not told, "hook that prints")
 
