@@ -72,7 +72,7 @@ def _bases(prefix: Path) -> list[Path]:
 
 
 def _refuse_home(path: Path) -> None:
-    homes = {os.path.realpath(entry.pw_dir) for entry in pwd.getpwall()} | {os.path.realpath(Path.home())}
+    homes = {os.path.realpath(entry.pw_dir) for entry in pwd.getpwall()} | {os.path.realpath(os.path.expanduser("~"))}
     homes -= {"/", "/bin", "/sbin", "/usr/sbin", "/usr/bin", "/usr"}
     for home in homes:
         if Path(home).is_relative_to(os.path.realpath(path)) and home not in {"/nonexistent"}:
@@ -195,7 +195,7 @@ def _build_font_list(python: Path) -> str:
 
 
 def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isolate"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "isolate"
 
 
 def find_executable(name: str, prefix: Path | None = None) -> Path:

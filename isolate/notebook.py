@@ -19,6 +19,7 @@ import selectors
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -161,7 +162,10 @@ def execute(
     that cannot be built, a kernel that does not start, a driver that fails, a host out of memory.
     """
     run = _Run(notebook, kernel, policy, settings or Settings(), skip, timeouts or {}, progress)
-    return run.execute(files, keep)
+    try:
+        return run.execute(files, keep)
+    except OSError as error:  # a full disk, no descriptors left
+        raise SandboxError("host", str(error)) from error
 
 
 class _Run:
@@ -192,7 +196,6 @@ class _Run:
         self._kernel_said = bytearray()
         self._driver_said = bytearray()
         self._ready = False
-        self._killed_for_driver = False
         self._document_limit = 2 * policy.limits.output_bytes + 8 * MIB
 
     def execute(self, files: IO[bytes] | None, keep: IO[bytes] | None) -> Execution:
@@ -301,15 +304,16 @@ class _Run:
             for name, descriptor in errors.items():
                 take = _take_words(descriptor, said[name], selector)
                 selector.register(descriptor, selectors.EVENT_READ, take)
-            patience: float | None = self._settings.startup_timeout or None
+            patience = self._settings.startup_timeout
+            deadline = time.monotonic() + patience if patience and patience > 0 else None
             while not sandbox.finished:
-                ready = selector.select(None if self._ready else patience)
-                if not ready and not self._ready:
+                left = None if self._ready or deadline is None else max(0.0, deadline - time.monotonic())
+                for key, _ in selector.select(left):
+                    key.data()
+                if not self._ready and deadline is not None and time.monotonic() >= deadline:
                     kernel.send("kill")
                     sandbox.send("kill")
-                    patience = None
-                for key, _ in ready:
-                    key.data()
+                    deadline = None
 
     def _hear_kernel(self, kernel: Sandbox, selector: selectors.BaseSelector, words: int) -> None:
         event = kernel.receive()
@@ -339,7 +343,6 @@ class _Run:
         elif state == driver.INTERRUPT:
             kernel.send("interrupt")
         elif state == driver.KILL:
-            self._killed_for_driver = True
             kernel.send("kill")
         elif self._progress and index < len(self._notebook.cells):
             self._progress(index, "started" if state == driver.STARTED else "finished")
@@ -426,6 +429,8 @@ class _Run:
             if record["cut"]:
                 limits.append("output")
                 cell.outputs.append(outputs.notice(self._policy.limits))
+            if any(output.output_type == "error" and output.ename == "MemoryError" for output in cell.outputs):
+                limits.append("memory")  # the cell's own word: an allocation was refused, and nothing was killed
             if ended is Ended.TIMEOUT:
                 limits.append("timeout")
             elif ended is not Ended.OK:
