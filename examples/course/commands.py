@@ -7,6 +7,7 @@ reads a list of jobs from its standard input, and forks one child per job, which
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -44,10 +45,32 @@ def run_all(jobs: Sequence[Job], directory: Path, environment: Mapping[str, str]
 
 def _run(command: list[str], directory: Path, environment: Mapping[str, str], log: Path, text: str = "") -> int:
     with log.open("a") as out:
-        done = subprocess.run(
-            command, cwd=directory, env=dict(environment), input=text, text=True, stdout=out, stderr=out
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=dict(environment),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
-    return done.returncode
+        try:
+            process.communicate(text)
+        except BaseException:  # Ctrl-C: whatever the command has started in its session ends with it
+            os.killpg(process.pid, signal.SIGTERM)
+            _end(process)
+            raise
+    return process.returncode
+
+
+def _end(process: subprocess.Popen[str], seconds: float = 3.0) -> None:
+    """Wait until a process that has been asked to end has ended; kill its session if it takes too long."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _fork(job: Job) -> int:

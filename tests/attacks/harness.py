@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +377,17 @@ def eventually(what: Callable[[], bool], seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def mostly_as_user(name: str, cases: Iterable[str], *as_root: str) -> pytest.MarkDecorator:
+    """Parametrise by `name`: every case as the ordinary user, and where it hardly matters only some as root."""
+    pairs = [("user", case) for case in cases] + [("root", case) for case in as_root]
+    return pytest.mark.parametrize(("person", name), pairs, indirect=["person"])
+
+
+def known_hole(reason: str) -> pytest.MarkDecorator:
+    """The attack succeeds today. Fails as soon as it does not, so that this mark goes with the hole."""
+    return pytest.mark.xfail(strict=True, reason=f"known hole: {reason}")
 
 
 x86_64_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="machine code of x86_64")

@@ -57,6 +57,8 @@ def _drain(descriptor: int, kept: bytearray, live: bool) -> None:
 
 
 def _listing(file: IO[bytes]) -> dict[str, Any]:
+    if file.seek(0, os.SEEK_END) == 0:
+        return {}
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as archive:
         return {repr(member.name)[1:-1]: [member.mode, member.size, member.type.decode()] for member in archive}

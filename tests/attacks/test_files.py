@@ -61,7 +61,8 @@ def _search(attacker: Attacker, token: str, **job: object) -> Outcome:
 @pytest.mark.threat(1, 2)
 def test_host_accounts_and_homes_are_absent(attacker: Attacker) -> None:
     said = attacker.run("""
-say(shadow=attempt(open, "/etc/shadow"), passwd=open("/etc/passwd").read(), root=os.path.exists("/root") and os.listdir("/root"),
+say(shadow=attempt(open, "/etc/shadow"), passwd=open("/etc/passwd").read(),
+    root=os.path.exists("/root") and os.listdir("/root"),
     home=os.listdir("/home"), root_dir=sorted(os.listdir("/")))
 """).said
     assert said["shadow"] == "ENOENT"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from attacks.harness import Attacker, Outcome
+from attacks.harness import Attacker, Outcome, mostly_as_user
 
 MIB = 1 << 20
 
@@ -12,7 +12,7 @@ MIB = 1 << 20
 def _ended_by(outcome: Outcome, limit: str) -> None:
     assert outcome.limit == limit, outcome
     assert outcome.report is not None
-    assert limit in outcome.report["message"]
+    assert limit.rstrip("s") in outcome.report["message"]
 
 
 @pytest.mark.threat(36)
@@ -68,7 +68,7 @@ for _ in range(4):
 
 
 @pytest.mark.threat(36, 38)
-@pytest.mark.parametrize("how", _CPU)
+@mostly_as_user("how", _CPU, "at once", "nobody waits")
 def test_processor_time_is_counted_in_total(attacker: Attacker, how: str) -> None:
     _ended_by(attacker.run(_CPU[how], limits={"cpu_seconds": 1.5, "wall_seconds": 9}), "cpu")
 
@@ -155,6 +155,7 @@ for _ in range(3):
 """,
     "loopback tcp": """
 import socket
+socket.setdefaulttimeout(1)
 server = socket.create_server(("127.0.0.1", 0), backlog=1000)
 kept = []
 def fill():
@@ -197,15 +198,15 @@ def _available() -> int:
 
 
 @pytest.mark.threat(37, 38, 42)
-@pytest.mark.parametrize("how", _HOARDS)
+@mostly_as_user("how", _HOARDS, "many processes", "socket buffers")
 def test_memory_is_counted_in_every_form(attacker: Attacker, how: str) -> None:
     before = _available()
-    code = _HOARDS[how] + "\nprint('full', flush=True)\ntime.sleep(3)"
+    code = _HOARDS[how] + "\nprint('full', flush=True)\ntime.sleep(1.5)"
     outcome = attacker.run(
         code, limits={"memory_bytes": 200 * MIB, "wall_seconds": 15, "open_files": 1024, "processes": 40}
     )
     assert outcome.error is None
-    if how in _UNLIKELY and outcome.limit is None:
+    if how in _UNLIKELY and outcome.limit != "memory":
         assert before - _available() < 400 * MIB
         return
     assert outcome.report is not None
@@ -236,7 +237,7 @@ say(truncate=attempt(os.truncate, "sparse", 1 << 40), seek=attempt(os.pwrite, fi
 
 
 @pytest.mark.threat(40)
-@pytest.mark.parametrize("kind", ["files", "directories", "links", "hard links", "sockets", "long links"])
+@mostly_as_user("kind", ["files", "directories", "links", "hard links", "sockets", "long links"], "files")
 def test_inodes_are_capped(attacker: Attacker, kind: str) -> None:
     said = attacker.run(
         """
@@ -246,7 +247,8 @@ open("first", "w").close()
 makers = {
     "files": lambda n: os.close(os.open(f"f{n}", os.O_CREAT, 0o600)), "directories": lambda n: os.mkdir(f"f{n}"),
     "links": lambda n: os.symlink("x", f"f{n}"), "hard links": lambda n: os.link("first", f"f{n}"),
-    "sockets": lambda n: socket.socket(socket.AF_UNIX).bind(f"f{n}"), "long links": lambda n: os.symlink("x" * 4000, f"f{n}"),
+    "sockets": lambda n: socket.socket(socket.AF_UNIX).bind(f"f{n}"), 
+    "long links": lambda n: os.symlink("x" * 4000, f"f{n}"),
 }
 for count in range(5000):
     error = attempt(makers[kind], count)
@@ -359,6 +361,7 @@ time.sleep(30)
 """)
     hog.hear("up")
     (end,) = attacker.notebooks(["1 + 1"])
+    print(hog._heard)
     assert end["error"] is None, end
 
 
@@ -377,13 +380,13 @@ def test_a_full_file_system_does_not_hide_the_end(attacker: Attacker) -> None:
 # What the code leaves in its work directory for the room's init to pack.
 _ODD_TREES = {
     "deep": "for _ in range(5000):\n    os.mkdir('d'); os.chdir('d')",
-    "surrogate names": "for n in (b'\\xff\\xfe', b'a\\nb', b'\\xed\\xa0\\x80', b'\\x1b[2J', b' ', b'-rf'): open(n, 'w').close()",
+    "odd names": "for n in (b'\\xff\\xfe', b'a\\nb', b'\\xed\\xa0\\x80', b'\\x1b[2J', b' ', b'-rf'): open(n, 'w').close()",
     "fifos and sockets": "import socket; s = socket.socket(socket.AF_UNIX); s.bind('sock'); attempt(os.mkfifo, 'fifo')",
     "no permissions": "os.mkdir('a'); open('a/b', 'w').close(); os.chmod('a/b', 0); os.chmod('a', 0); os.chmod('.', 0)",
     "sparse": "[os.truncate(os.open(f's{n}', 66, 0o600), 4 << 20) for n in range(20)]",
     "links": "os.symlink('/etc', 'etc'); os.symlink('self', 'self'); os.symlink('/proc/1/environ', 'p'); os.link('p', 'q')",
-    "work is a link to usr": "os.chdir('/'); os.rename('/home/student/work', '/tmp/w'); os.symlink('/usr', '/home/student/work')",
-    "work is a link to proc": "os.chdir('/'); os.rename('/home/student/work', '/tmp/w'); os.symlink('/proc/1', '/home/student/work')",
+    "work is a link to usr": "os.chdir('/'); os.rename('/home/student/work', '/home/student/w'); os.symlink('/usr', '/home/student/work')",
+    "work is a link to proc": "os.chdir('/'); os.rename('/home/student/work', '/home/student/w'); os.symlink('/proc/1', '/home/student/work')",
     "work is gone": "os.chdir('/'); os.rmdir('/home/student/work')",
     "work is a file": "os.chdir('/'); os.rmdir('/home/student/work'); open('/home/student/work', 'w').close()",
     "long names": "[open('n' * 250 + str(n), 'w').close() for n in range(2000)]",
@@ -392,12 +395,12 @@ _ODD_TREES = {
 
 
 @pytest.mark.threat(20, 30)
-@pytest.mark.parametrize("tree", _ODD_TREES)
+@mostly_as_user("tree", _ODD_TREES, "deep", "work is a link to proc", "no permissions")
 def test_whatever_is_left_in_the_work_directory_is_no_fault_of_the_host(attacker: Attacker, tree: str) -> None:
     outcome = attacker.run(_ODD_TREES[tree] + "\nsys.exit(0)", keep=True, limits={"files_bytes": 32 * MIB})
     assert outcome.error is None
     assert outcome.report is not None
-    assert outcome.report["exit_code"] == 0
+    assert outcome.report["exit_code"] == 0, outcome
     assert all(kind in "05" and not mode & 0o7022 for mode, _, kind in outcome.kept.values())
     assert sum(size for _, size, _ in outcome.kept.values()) <= 32 * MIB
     assert not any(name.startswith("/") or ".." in name.split("/") for name in outcome.kept)

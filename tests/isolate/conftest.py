@@ -57,7 +57,9 @@ def shell() -> Callable[..., Done]:
 def isolate_run() -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """The `isolate run` command as a person calls it."""
 
-    def run(*arguments: str, stdin: str = "", cwd: Path | None = None, **env: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        *arguments: str, stdin: str = "", cwd: Path | None = None, **env: str
+    ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, "-m", "isolate.cli", "run", *arguments],
             input=stdin,

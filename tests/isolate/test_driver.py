@@ -23,36 +23,58 @@ from isolate.outputs import parse_document
 KEY = b"a key of this test"
 
 
-def test_a_budget_starts_closed() -> None:
-    assert not Budget(10, 100).take(1)
+def take(budget: Budget, size: int) -> int:
+    return budget.take(size, decides=False)
 
 
 def test_a_cell_gets_its_share_and_no_more() -> None:
     budget = Budget(10, 100)
     budget.start_cell()
-    assert budget.take(10)
+    assert take(budget, 10) == 10
     assert not budget.cut
-    assert not budget.take(1)
+    assert take(budget, 1) == 0
     assert budget.cut
     budget.start_cell()
     assert not budget.cut
-    assert budget.take(10)
+    assert take(budget, 10) == 10
 
 
-def test_nothing_is_wanted_after_the_cut() -> None:
+def test_the_head_of_the_first_that_is_too_large_and_nothing_after_it() -> None:
     budget = Budget(10, 100)
     budget.start_cell()
-    assert not budget.take(11)
-    assert not budget.take(1)
-    assert budget.total_left == 100
+    assert take(budget, 4) == 4
+    assert take(budget, 11) == 6
+    assert take(budget, 1) == 0
+    assert not budget.lost
 
 
 def test_the_notebook_ends_the_budget_too() -> None:
     budget = Budget(10, 15)
     for expected in (10, 5, 0):
         budget.start_cell()
-        taken = sum(budget.take(1) for _ in range(20))
-        assert taken == expected
+        assert sum(take(budget, 1) for _ in range(20)) == expected
+
+
+def test_what_decides_over_points_is_wanted_after_the_cut() -> None:
+    budget = Budget(10, 100)
+    budget.start_cell()
+    assert take(budget, 11) == 10
+    assert budget.take(500, decides=True) == 500
+    assert take(budget, 1) == 0
+    assert not budget.lost
+
+
+def test_what_decides_is_bounded_too_and_its_loss_is_known() -> None:
+    budget = Budget(10, 100)
+    budget.start_cell()
+    taken = 0
+    while budget.take(10_000, decides=True):
+        taken += 10_000
+        assert taken < 10_000_000
+    assert budget.lost
+    assert budget.cut
+    budget.start_cell()
+    assert not budget.lost
 
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=8), max_size=8), st.integers(1, 60), st.integers(1, 200))
@@ -60,11 +82,27 @@ def test_never_more_than_the_bounds(cells: list[list[int]], cell_bytes: int, tot
     budget, total = Budget(cell_bytes, total_bytes), 0
     for sizes in cells:
         budget.start_cell()
-        taken = sum(size for size in sizes if budget.take(size))
+        taken = sum(take(budget, size) for size in sizes)
         assert taken <= cell_bytes
+        assert budget.cut or taken == sum(sizes)
         total += taken
     assert total <= total_bytes
-    assert budget.total_left == total_bytes - total
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "expected"),
+    [
+        ("error", {}, True),
+        ("execute_result", {}, True),
+        ("stream", {"name": "stderr", "text": ""}, True),
+        ("stream", {"name": "stdout", "text": ""}, False),
+        ("display_data", {}, False),
+    ],
+)
+def test_which_messages_decide(kind: str, content: dict[str, str], expected: bool) -> None:
+    session = Session(key=KEY)
+    _, parts = session.feed_identities(session.serialize(session.msg(kind, content)))
+    assert driver.decides(parts[1], parts[4]) is expected
 
 
 @pytest.mark.parametrize(
@@ -153,19 +191,24 @@ HOSTILE: dict[str, Callable[[Session], list[bytes]]] = {
     "too few frames": lambda session: session.serialize(session.msg("stream", {}))[:4],
     "wrong signature": lambda session: Session(key=b"another").serialize(session.msg("stream", {"n": 0})),
     "no signature": lambda session: Session(key=b"").serialize(session.msg("stream", {"n": 0})),
-    "content is a list": lambda session: session.serialize({**session.msg("stream"), "content": []}),
+    "content is a list": lambda session: signed(session, content=b"[]"),
     "content is null": lambda session: signed(session, content=b"null"),
     "content is a number": lambda session: signed(session, content=b"5"),
     "content is not JSON": lambda session: signed(session, content=b"{"),
-    "content is not UTF-8": lambda session: signed(session, content=b'{"n": "\xff"}'),
-    "content is too deep to parse": lambda session: signed(session, content=b'{"n":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    "content is deeper than an output": lambda session: signed(session, content=b'{"n":' + b"[" * 70 + b"]" * 70 + b"}"),
+    "content is too deep to parse": lambda session: signed(
+        session, content=b'{"n":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    ),
+    "content is deeper than an output": lambda session: signed(
+        session, content=b'{"n":' + b"[" * 70 + b"]" * 70 + b"}"
+    ),
     "content is a huge number": lambda session: signed(session, content=b'{"n": ' + b"9" * 10_000 + b"}"),
     "header is a list": lambda session: signed(session, header=b"[]"),
     "header is empty": lambda session: signed(session, header=b"{}"),
     "header is null": lambda session: signed(session, header=b"null"),
     "header's type is a number": lambda session: signed(session, header=b'{"msg_id": 1, "msg_type": 5}'),
-    "header's date is odd": lambda session: signed(session, header=b'{"msg_id": "1", "msg_type": "stream", "date": "9999999999-99"}'),
+    "header's date is odd": lambda session: signed(
+        session, header=b'{"msg_id": "1", "msg_type": "stream", "date": "9999999999-99"}'
+    ),
     "parent is a list": lambda session: signed(session, parent=b"[]"),
     "parent is null": lambda session: signed(session, parent=b"null"),
     "metadata is a list": lambda session: signed(session, metadata=b"[1]"),
@@ -206,25 +249,24 @@ def test_any_frames_are_passed_over(frames: list[bytes], with_delimiter: bool) -
     assert on_the_wire(scenario) == ["after"]
 
 
-def test_what_is_over_the_budget_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_over_the_budget_does_not_arrive_whole() -> None:
     budget = Budget(2000, 10_000)
     budget.start_cell()
 
-    async def scenario(wire: Wire) -> list[str]:
-        parsed = []
-        deserialize = wire.channel.session.deserialize
-        monkeypatch.setattr(
-            wire.channel.session, "deserialize", lambda *a, **k: parsed.append(1) or deserialize(*a, **k)
-        )
-        await wire.send("stream", {"n": 1, "text": "x" * 100})
-        await wire.send("stream", {"n": 2, "text": "x" * 10_000})
-        await wire.send("stream", {"n": 3, "text": "x"})
+    async def scenario(wire: Wire) -> list[Any]:
+        await wire.send("stream", {"name": "stdout", "text": "first"})
+        await wire.send("stream", {"name": "stdout", "text": "ä" * 10_000})
+        await wire.send("stream", {"name": "stdout", "text": "third"})
         await wire.send("status", {"execution_state": "idle"})
-        found = await wire.received()
-        assert len(parsed) == 2
-        return found
+        found = []
+        while not found or found[-1]["msg_type"] != "status":
+            found.append(await wire.channel.get_msg(timeout=10))
+        return [message["content"].get("text") for message in found]
 
-    assert on_the_wire(scenario, budget) == [1, "status"]
+    texts = on_the_wire(scenario, budget)
+    assert texts[0] == "first"
+    assert texts[-1] is None
+    assert all(set(text) == {"ä"} and len(text) <= 2000 for text in texts[1:-1])
     assert budget.cut
 
 
@@ -262,10 +304,17 @@ def made() -> Iterator[Callable[..., Driver]]:
         job = {
             "cells": [{"source": source, "run": True, "timeout": 1} for source in sources],
             "settings": settings_,
-            "connection": {"transport": "ipc", "ip": "k", "key": "x", "signature_scheme": "hmac-sha256", "shell_port": 1},
+            "connection": {
+                "transport": "ipc",
+                "ip": "k",
+                "key": "x",
+                "signature_scheme": "hmac-sha256",
+                "shell_port": 1,
+            },
             "interrupt_mode": "signal",
             "cell_output_bytes": 100,
             "output_bytes": 1000,
+            "document_bytes": 1_000_000,
         }
         return Driver(job, ends[1], ends[0])
 
@@ -284,7 +333,11 @@ def test_the_document_of_a_driver_can_be_read(made: Callable[..., Driver]) -> No
     made_driver.result["cells"][0] = {"ended": "ok", "cut": True}
     cell = made_driver.runner.nb.cells[0]
     cell.outputs = [
-        {"output_type": "display_data", "metadata": {"a": float("nan")}, "data": {"application/json": {"x": float("inf"), 1: "\ud800"}}}
+        {
+            "output_type": "display_data",
+            "metadata": {"a": float("nan")},
+            "data": {"application/json": {"x": float("inf"), 1: "\ud800"}},
+        }
     ]
     cell.execution_count = 4
     text = made_driver.document()
@@ -306,6 +359,21 @@ def test_a_widget_state_that_is_too_large_is_left_out(made: Callable[..., Driver
     made_driver.runner.widget_state["b"] = {"_model_name": "X", "value": "x" * 5_000_000}
     made_driver._keep_widget_state()
     assert json.loads(made_driver.document())["widgets"] is None
+
+
+def test_a_document_that_grew_is_cut_but_its_errors_stay(made: Callable[..., Driver]) -> None:
+    made_driver = made("1", "2")
+    stream = {"output_type": "stream", "name": "stdout", "text": "\0" * 500_000}  # six bytes each as JSON
+    error = {"output_type": "error", "ename": "E", "evalue": "v", "traceback": []}
+    for index, cell in enumerate(made_driver.runner.nb.cells):
+        cell.outputs = [stream, error] if index == 0 else [{**stream, "text": "short"}]
+        made_driver.result["cells"][index] = {"ended": "ok", "cut": False}
+    text = made_driver.document()
+    assert len(text) <= 1_000_000
+    cells = parse_document(text)["cells"]
+    assert [output.output_type for output in cells[0]["outputs"]] == ["error"]
+    assert [cells[index]["cut"] for index in (0, 1)] == [True, False]
+    assert cells[1]["outputs"][0].text == "short"
 
 
 def test_the_error_of_a_reply_is_recorded_once(made: Callable[..., Driver]) -> None:

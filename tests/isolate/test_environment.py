@@ -101,9 +101,7 @@ def test_a_script_without_a_prefix_stands_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("levels", [".", "..", "../.."])
-def test_a_home_directory_is_refused_as_prefix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: str
-) -> None:
+def test_a_home_directory_is_refused_as_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: str) -> None:
     prefix = tmp_path / "prefix"
     home = Path(os.path.normpath(prefix / "home" / "somebody" / levels))
     python = make_prefix(prefix)
@@ -241,7 +239,14 @@ def test_the_font_list_is_built_once(fonts: Callable[[], int], tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"fontlist-v1.json", b"fontlist-v1.json\n{", b"\xff\xfe", b"../../.profile\n{}", b"fontlist-v1.json\n" + b"[" * 100_000],
+    [
+        b"",
+        b"fontlist-v1.json",
+        b"fontlist-v1.json\n{",
+        b"\xff\xfe",
+        b"../../.profile\n{}",
+        b"fontlist-v1.json\n" + b"[" * 100_000,
+    ],
 )
 def test_a_damaged_cache_is_built_again(fonts: Callable[[], int], tmp_path: Path, damage: bytes) -> None:
     fonts()
@@ -284,10 +289,12 @@ def test_the_real_list_makes_a_silent_plot(tmp_path: Path, monkeypatch: pytest.M
         files = home_files(Path(sys.executable))
     finally:
         home_files.cache_clear()
-    assert list(files) and all(path.startswith(f"{HOME}/.cache/matplotlib/fontlist-") for path in files)
+    assert [path.startswith(f"{HOME}/.cache/matplotlib/fontlist-") for path in files] == [True]
     fonts = json.loads(next(iter(files.values())))
     assert fonts["ttflist"]
-    code = "import matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as p; p.plot([1]); p.savefig('/tmp/x.png')"
+    code = (
+        "import matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as p; p.plot([1]); p.savefig('/tmp/x.png')"
+    )
     policy = environment_policy([Path(sys.executable)], limits=Limits(wall_seconds=60))
     with open(tmp_path / "stderr", "w+b") as errors:
         command = Command([sys.executable, "-c", code], room_files=files, stderr=errors)

@@ -160,7 +160,19 @@ def test_any_name_comes_back(tmp_path_factory: pytest.TempPathFactory, names: li
 
 
 @pytest.mark.parametrize(
-    "name", [b"caf\xe9", b"new\nline", b"\xff\xfe", b"tab\t", b" ", b"-rf", b"x" * 255, "\u202ertl".encode(), b"a\\b", b"*?[x]"]
+    "name",
+    [
+        b"caf\xe9",
+        b"new\nline",
+        b"\xff\xfe",
+        b"tab\t",
+        b" ",
+        b"-rf",
+        b"x" * 255,
+        "\u202ertl".encode(),
+        b"a\\b",
+        b"*?[x]",
+    ],
 )
 def test_odd_names(tmp_path: Path, name: bytes) -> None:
     path = os.path.join(os.fsencode(tmp_path), name)
@@ -250,7 +262,9 @@ def test_a_file_that_grows_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("replacement", ["link", "fifo", "directory"])
-def test_a_file_swapped_between_look_and_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replacement: str) -> None:
+def test_a_file_swapped_between_look_and_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replacement: str
+) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
     tree = tmp_path / "tree"

@@ -28,7 +28,12 @@ def test_a_limit_that_is_no_number_is_refused(name: str) -> None:
 
 
 def test_values_are_frozen() -> None:
-    for value, name in ((Limits(), "processes"), (Bind(Path("/a")), "at"), (Policy(), "hidden"), (Report("exited"), "ended")):
+    for value, name in (
+        (Limits(), "processes"),
+        (Bind(Path("/a")), "at"),
+        (Policy(), "hidden"),
+        (Report("exited"), "ended"),
+    ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, name, 1)
 
@@ -71,7 +76,21 @@ def test_a_report_is_json() -> None:
 def test_the_system_policy_shows_programs_and_nothing_of_the_state() -> None:
     shown = {str(bind.source) for bind in system_policy().read_only}
     assert "/usr" in shown
-    for path in ("/", "/home", "/root", "/etc", "/var", "/tmp", "/proc", "/sys", "/dev", "/run", "/opt", "/srv", "/mnt"):
+    for path in (
+        "/",
+        "/home",
+        "/root",
+        "/etc",
+        "/var",
+        "/tmp",
+        "/proc",
+        "/sys",
+        "/dev",
+        "/run",
+        "/opt",
+        "/srv",
+        "/mnt",
+    ):
         assert path not in shown
     assert all(os.path.lexists(path) for path in shown)
     assert not system_policy().writable

@@ -10,12 +10,12 @@ from typing import Any
 
 import nbgrader.preprocessors
 import pytest
+from e2e.courses import SAFE, Course, answer, check, contents, notebook
 from nbconvert.preprocessors import ExecutePreprocessor
 from nbgrader.converters import Autograde
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
-from e2e.courses import SAFE, Course, answer, check, notebook
 from nbgrader_aalto import configure
 from nbgrader_aalto.configure import INTAKE_EXPORTER, ISOLATED_EXECUTE, REFUSE_TO_RUN, isolated
 from nbgrader_aalto.execute import IsolatedExecute
@@ -106,6 +106,7 @@ c.ClearSolutions.code_stub = {"python": "pass"}
         ([ISOLATED_EXECUTE], [ISOLATED_EXECUTE]),
         ((EXECUTE,), [ISOLATED_EXECUTE]),
         ([OwnExecute], None),
+        ([nbgrader.preprocessors.Execute()], None),
         ([ISOLATED_EXECUTE, ExecutePreprocessor], None),
         ([ISOLATED_EXECUTE, "nbconvert.preprocessors.ExecutePreprocessor"], None),
         (17, None),
@@ -260,3 +261,17 @@ def test_stock_nbgrader_runs_it_outside_and_with_the_two_lines_it_runs_inside(co
     assert not canary.exists()
     assert course.scores("ann") == {"test_one": 2}
     assert course.result("ann").metadata["isolate"]["layers"]
+
+
+@pytest.mark.slow
+def test_a_refused_configuration_costs_no_earlier_result(course: Course, canary: Path) -> None:
+    course.configure("")
+    assert course.click("ann")["success"]
+    before = contents(course.autograded("ann"))
+    assert before
+    for name in ("own_execute", "own_exporter", "back_after_it"):
+        course.configure(UNSAFE[name][0], end="")
+        assert course.click("ann")["success"] is False
+        assert contents(course.autograded("ann")) == before, name
+        assert course.scores("ann") == {"test_one": 2}
+    assert not canary.exists()
