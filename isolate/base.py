@@ -7,6 +7,7 @@ whose own user namespace then *locks* every mount made here: mount_namespaces(7)
 Standard library only. Nothing here returns to its caller: each function that forks ends its process.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -99,6 +100,9 @@ def run_outer(plan: Plan, box: socket.socket, trees: Trees | None, launcher_pid:
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
+        # Under memory pressure the host ends a sandbox first. Written by root, it cannot be lowered. proc(5)
+        with contextlib.suppress(OSError):
+            room.write_file("/proc/self/oom_score_adj", "800")
         if plan["uid"] is not None:
             with step("unprivileged user", "give up root"):
                 os.setgroups([])

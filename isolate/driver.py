@@ -30,6 +30,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from traitlets import Type
 
+from isolate.outputs import MAX_NESTING, OddDocument, clean_count, clean_outputs, nesting
+
 PROGRESS = struct.Struct("<II")
 """A progress record: cell index, state. Fixed in size, so that its reader needs no parser."""
 STARTED, FINISHED, INTERRUPT, KILL, READY = 1, 2, 3, 4, 5
@@ -37,8 +39,6 @@ OUT_OF_MEMORY_CODE = 77
 """Exit code when the kernel's messages did not fit into the driver's memory."""
 
 _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-MAX_NESTING = 64
-"""Lists and dicts of an output nest at most this deep."""
 ODD_MESSAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError)
 """What a message that breaks the protocol's rules can raise in jupyter_client, nbclient and nbformat."""
 _MAX_INTERRUPTS = 3
@@ -121,20 +121,6 @@ class GuardedChannel(AsyncZMQSocketChannel):
             return None
         well_formed = isinstance(message.get("content"), dict) and isinstance(message.get("parent_header"), dict)
         return message if well_formed and nesting(message["content"]) <= MAX_NESTING else None
-
-
-def nesting(value: object) -> int:
-    """How deep lists and dicts nest, without recursion."""
-    deepest = 0
-    waiting: list[tuple[object, int]] = [(value, 1)]
-    while waiting:
-        item, depth = waiting.pop()
-        deepest = max(deepest, depth)
-        if isinstance(item, dict):
-            waiting.extend((child, depth + 1) for child in item.values())
-        elif isinstance(item, list):
-            waiting.extend((child, depth + 1) for child in item)
-    return deepest
 
 
 class RoomClient(AsyncKernelClient):
@@ -286,7 +272,8 @@ class Driver:
             if info is None and await self.client.shell_channel.socket.poll(1000):
                 reply = await self.client.shell_channel.get_msg()
                 if reply["header"]["msg_type"] == "kernel_info_reply":
-                    info = dict(reply["content"].get("language_info", {}))
+                    told = reply["content"].get("language_info")
+                    info = told if isinstance(told, dict) else {}
             if info is not None and await self.client.iopub_channel.socket.poll(500):
                 return info
         raise DeadKernelError("the kernel ended before it was ready")
@@ -359,8 +346,11 @@ class Driver:
         for index, cell in enumerate(self.runner.nb.cells):
             record = self.result["cells"].get(index)
             if record is not None:
-                record["outputs"] = _finite(cell.outputs)
-                record["execution_count"] = cell.execution_count
+                try:
+                    record["outputs"] = clean_outputs(_finite(cell.outputs))
+                except OddDocument as error:
+                    record.update(ended="odd message", detail=str(error), outputs=[])
+                record["execution_count"] = clean_count(cell.execution_count)
                 record["timing"] = cell.metadata.get("execution")
         text = _encode(self.result)
         while len(text) > self.job["document_bytes"]:

@@ -67,7 +67,7 @@ def _bases(prefix: Path) -> list[Path]:
             name, _, value = line.partition("=")
             if name.strip().lower() == "home":
                 base = Path(value.strip()).parent
-                return [base, Path(os.path.realpath(base))] if base != Path("/") else []
+                return [base, Path(os.path.realpath(base))] if _is_prefix(base) else []
     return []
 
 

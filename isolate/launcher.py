@@ -11,6 +11,7 @@ Standard library only. Arguments: the number of the socket's descriptor, the num
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -37,6 +38,8 @@ class Sampler:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
+        self._seen: dict[int, float] = {}
+        self._ended_cpu_seconds = 0.0
         self.memory_peak_bytes = 0
         self.cpu_seconds = 0.0
 
@@ -50,10 +53,24 @@ class Sampler:
         memory = sum(_resident(pid) for pid in processes)
         if memory > memory_limit:
             memory = sum(_proportional(pid) for pid in processes)
-        cpu = sum(_cpu(pid) for pid in [*helpers, *processes])
+        cpu = self._cpu([*helpers, *processes])
         self.memory_peak_bytes = max(self.memory_peak_bytes, memory)
         self.cpu_seconds = max(self.cpu_seconds, cpu)
         return memory, cpu
+
+    def _cpu(self, pids: list[int]) -> float:
+        """Seconds of the living and the dead, by two counts of which the larger holds.
+
+        A parent's count of its dead children misses those that it ignores (SIGCHLD), ours those that live for
+        less than a sample.
+        """
+        own, with_children = {}, 0.0
+        for pid in pids:
+            own[pid], children = _cpu(pid)
+            with_children += own[pid] + children
+        self._ended_cpu_seconds += sum(value for pid, value in self._seen.items() if pid not in own)
+        self._seen = own
+        return max(with_children, sum(own.values()) + self._ended_cpu_seconds)
 
 
 def _read(path: str) -> bytes:
@@ -98,11 +115,13 @@ def _proportional(pid: int) -> int:
     return 0
 
 
-def _cpu(pid: int) -> float:
+def _cpu(pid: int) -> tuple[float, float]:
+    """Seconds of a process, and of its children that it waited for."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-        return sum(int(field) for field in fields[11:15]) / _TICKS  # utime, stime, cutime, cstime
-    return 0.0
+        user, system, children_user, children_system = (int(field) / _TICKS for field in fields[11:15])
+        return user + system, children_user + children_system
+    return 0.0, 0.0
 
 
 def _kill_children() -> None:
@@ -172,6 +191,8 @@ def main(box_fd: int, plan_fd: int) -> int:
     except BuildError as error:
         send_event(box, "failed", **error.as_dict())
         return 1
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     launcher_pid = os.getpid()
     pid = os.fork()
     if pid == 0:

@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
-from isolate.driver import MAX_NESTING, nesting
 from isolate.policy import MIB, Limits, SandboxError
 
+MAX_NESTING = 64
+"""Lists and dicts of an output nest at most this deep."""
 _MAX_OUTPUTS = 100_000
 _MAX_VALUES = 2_000_000
 """Each value may cost a hundred bytes of memory for three of text."""
@@ -20,12 +21,26 @@ _ENDINGS = {"ok", "timeout", "stuck", "kernel died", "iopub timeout", "odd messa
 _DOCUMENT_NESTING = MAX_NESTING + 16
 
 
-class _Odd(ValueError):
-    pass
+class OddDocument(ValueError):
+    """Something in a document is not what it should be."""
+
+
+def nesting(value: object) -> int:
+    """How deep lists and dicts nest, without recursion."""
+    deepest = 0
+    waiting: list[tuple[object, int]] = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        if isinstance(item, dict):
+            waiting.extend((child, depth + 1) for child in item.values())
+        elif isinstance(item, list):
+            waiting.extend((child, depth + 1) for child in item)
+    return deepest
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _Odd(f"the number {name}")
+    raise OddDocument(f"the number {name}")
 
 
 def parse_document(document: bytes) -> dict[str, Any]:
@@ -35,34 +50,34 @@ def parse_document(document: bytes) -> dict[str, Any]:
     """
     try:
         if sum(document.count(mark) for mark in (b"[", b"{", b",")) > _MAX_VALUES:
-            raise _Odd("too many values")
+            raise OddDocument("too many values")
         raw = json.loads(document.decode("utf-8"), parse_constant=_refuse_constant)
         if nesting(raw) > _DOCUMENT_NESTING:
-            raise _Odd("too deeply nested")
+            raise OddDocument("too deeply nested")
         return {
             "cells": {_index(key): _record(value) for key, value in _dict(_dict(raw).get("cells")).items()},
             "language_info": _language_info(raw.get("language_info")),
             "widgets": _json_dict(raw.get("widgets")),
         }
-    except (_Odd, ValueError, RecursionError) as error:
+    except (OddDocument, ValueError, RecursionError) as error:
         raise SandboxError("driver", f"it sent a document that cannot be used: {str(error)[:200]}") from error
 
 
 def _dict(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _Odd("an object was expected")
+        raise OddDocument("an object was expected")
     return value
 
 
 def _str(value: object) -> str:
     if not isinstance(value, str):
-        raise _Odd("a text was expected")
+        raise OddDocument("a text was expected")
     return value.encode("utf-8", "replace").decode("utf-8")  # no lone surrogates: a file must hold it
 
 
 def _index(key: str) -> int:
     if not (key.isascii() and key.isdecimal() and len(key) < 8):
-        raise _Odd("a cell index was expected")
+        raise OddDocument("a cell index was expected")
     return int(key)
 
 
@@ -88,25 +103,28 @@ def _language_info(value: object) -> dict[str, Any] | None:
     return info
 
 
-def _count(value: object) -> int | None:
-    if value is None:
-        return None
+def clean_count(value: object) -> int | None:
+    """An execution count; None for what cannot be one (the kernel may say what it likes)."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise _Odd("an execution count was expected")
+        return None
     return value
+
+
+def clean_outputs(raw: object) -> list[NotebookNode]:
+    """New outputs that hold what nbformat allows and nothing else. Raises `OddDocument`."""
+    if not isinstance(raw, list) or len(raw) > _MAX_OUTPUTS:
+        raise OddDocument("a list of outputs was expected")
+    return [_output(output) for output in raw]
 
 
 def _record(value: object) -> dict[str, Any]:
     record = _dict(value)
     if record.get("ended") not in _ENDINGS:
-        raise _Odd("an unknown ending of a cell")
-    raw = record.get("outputs")
-    if not isinstance(raw, list) or len(raw) > _MAX_OUTPUTS:
-        raise _Odd("a list of outputs was expected")
+        raise OddDocument("an unknown ending of a cell")
     return {
         "ended": record["ended"],
-        "outputs": [_output(output) for output in raw],
-        "execution_count": _count(record.get("execution_count")),
+        "outputs": clean_outputs(record.get("outputs")),
+        "execution_count": clean_count(record.get("execution_count")),
         "timing": _timing(record.get("timing")),
         "cut": record.get("cut") is True,
     }
@@ -127,13 +145,13 @@ def _output(value: object) -> NotebookNode:
     if kind == "error":
         lines = raw.get("traceback")
         if not isinstance(lines, list):
-            raise _Odd("a traceback was expected")
+            raise OddDocument("a traceback was expected")
         return error(_str(raw.get("ename")), _str(raw.get("evalue")), [_str(line) for line in lines])
     if kind in {"display_data", "execute_result"}:
         data = {_str(mime): _mime(mime, item) for mime, item in _dict(raw.get("data")).items()}
-        extra = {"execution_count": _count(raw.get("execution_count"))} if kind == "execute_result" else {}
+        extra = {"execution_count": clean_count(raw.get("execution_count"))} if kind == "execute_result" else {}
         return new_output(kind, data=data, metadata=_json_dict(raw.get("metadata")) or {}, **extra)
-    raise _Odd("an unknown kind of output")
+    raise OddDocument("an unknown kind of output")
 
 
 def _mime(mime: str, value: Any) -> Any:

@@ -50,12 +50,23 @@ class Limits:
     """All writable places together (work directory, HOME, /tmp, /dev/shm): one tmpfs holds them."""
     files_count: int = 20_000
     """Inodes of that tmpfs."""
-    open_files: int = 1024
-    """Descriptors of each process. RLIMIT_NOFILE."""
+    open_files: int = 512
+    """Descriptors of each process. RLIMIT_NOFILE. Below the usual 1024 of a supervisor, because descriptors under way
+    between sockets are counted per user, and whose own limit is passed cannot send one. unix(7), ETOOMANYREFS."""
     cell_output_bytes: int = 4 * MIB
     """Output of one notebook cell that is kept; the rest is cut with a notice."""
     output_bytes: int = 24 * MIB
     """Output of one notebook that is kept."""
+
+    @property
+    def work_bytes(self) -> int:
+        """What a submission, or what one notebook leaves to the next, may take of `files_bytes`: a kernel that is to
+        start needs some room of its own."""
+        return self.files_bytes * 3 // 4
+
+    @property
+    def work_files(self) -> int:
+        return self.files_count * 3 // 4
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

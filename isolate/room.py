@@ -137,10 +137,6 @@ def run_outer(plan: Plan, box: socket.socket, host_proc: int, layers: list[str])
             syscalls.unshare(_NAMESPACES)
         with step("room", "map one user and one group"):
             write_id_maps(host_proc, INSIDE_ID, INSIDE_ID)
-        with contextlib.suppress(OSError):  # a preference: under memory pressure the host ends us first
-            descriptor = os.open("self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC, dir_fd=host_proc)
-            os.write(descriptor, b"800")
-            os.close(descriptor)
         os.close(host_proc)
         pid = os.fork()
         if pid == 0:
@@ -179,7 +175,7 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
         status = _reap_until_end(pid, box)
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         if keep is not None:
-            _pack_or_nothing(keep, plan["work"], plan["limits"]["files_bytes"])
+            _pack_or_nothing(keep, plan["work"], plan["keep_bytes"], plan["keep_files"])
         send_event(
             box,
             "exited",
@@ -285,22 +281,22 @@ def _unpack(file: IO[bytes], directory: str) -> None:
                         target.write(block)
 
 
-def _pack_or_nothing(file: IO[bytes], directory: str, limit: int) -> None:
+def _pack_or_nothing(file: IO[bytes], directory: str, max_bytes: int, max_files: int) -> None:
     """What the code left may be made to break a packer (ten thousand nested directories): then nothing is kept."""
     with file:
         try:
-            _pack(file, directory, limit)
+            _pack(file, directory, max_bytes, max_files)
         except (OSError, ValueError, RecursionError, MemoryError, tarfile.TarError):
             file.seek(0)
             file.truncate()
 
 
-def _pack(file: IO[bytes], directory: str, limit: int) -> None:
+def _pack(file: IO[bytes], directory: str, max_bytes: int, max_files: int) -> None:
     """The work directory as the code left it: regular files and directories, names and contents, no more.
 
-    Links and special files are left out, and so is what goes over `limit` bytes (sparse files count whole).
+    Links and special files are left out, and so is what goes over the bounds (sparse files count whole).
     """
-    room_left = limit
+    room_left, names_left = max_bytes, max_files
     with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
         for where, directories, names in os.walk(directory):
             for name in [*directories]:
@@ -309,6 +305,9 @@ def _pack(file: IO[bytes], directory: str, limit: int) -> None:
             for name in sorted([*directories, *names]):
                 path = os.path.join(where, name)
                 info = tarfile.TarInfo(os.path.relpath(path, directory))
+                names_left -= 1
+                if names_left < 0:
+                    return
                 try:
                     if os.path.isdir(path) and not os.path.islink(path):
                         info.type, info.mode = tarfile.DIRTYPE, 0o755

@@ -147,6 +147,8 @@ def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
         "directories": directories,
         "root_inodes": 2048 + 16 * len(mounts),
         "limits": dataclasses.asdict(policy.limits),
+        "keep_bytes": policy.limits.work_bytes,
+        "keep_files": policy.limits.work_files,
         "seccomp": [base64.b64encode(program).decode() for program in seccomp.compiled_filters()],
         "argv": list(command.argv),
         "environment": dict(policy.environment),
@@ -241,7 +243,11 @@ class Sandbox:
 
     def receive(self) -> dict[str, Any] | None:
         """Take the next event; None, and `finished`, when the launcher and all below it have ended."""
-        data, descriptors, _, _ = socket.recv_fds(self._socket, _MAX_EVENT_BYTES, 1)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, _MAX_EVENT_BYTES, 1)
+        except ConnectionResetError:
+            # The other end closed with a word of ours unread: said once, and what it sent before is still there.
+            data, descriptors, _, _ = socket.recv_fds(self._socket, _MAX_EVENT_BYTES, 1)
         if not data:
             self.finished = True
             return None

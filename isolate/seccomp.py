@@ -46,8 +46,8 @@ timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime time
 _WAITING = """epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old
 eventfd eventfd2 pipe pipe2 poll ppoll pselect6 select"""
 _SOCKETS = """accept accept4 bind connect getpeername getsockname getsockopt listen recv recvfrom recvmmsg recvmsg
-send sendmmsg sendmsg sendto setsockopt shutdown socketpair"""  # own network namespace; families below
-_SYSTEM = """getrandom sysinfo uname io_setup io_submit io_cancel io_destroy io_getevents io_pgetevents ioctl"""
+send sendmmsg sendmsg sendto setsockopt shutdown"""  # own network namespace; families below
+_SYSTEM = """getrandom sysinfo uname ioctl"""
 _ALLOWED = " ".join((_FILES, _MEMORY, _PROCESSES, _IDENTITY, _TIME, _WAITING, _SOCKETS, _SYSTEM)).split()
 
 # Answered with EPERM: the programs that call these should see a plain refusal.
@@ -72,6 +72,7 @@ _NAMESPACE_FLAGS = (
     | syscalls.CLONE_NEWNET
 )
 _SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+_ODD_SOCKET_TYPES = (socket.SOCK_RDM, socket.SOCK_SEQPACKET, 6, 10)  # the last two: DCCP, PACKET
 # ioctl_tty(2): typing into a terminal, the console's selection.
 _TERMINAL_INJECTION = (0x5412, 0x541C)
 _RLIMIT_CORE = 4
@@ -142,6 +143,8 @@ def _allow_by_name(lib: Any) -> bytes:
         else:
             answer = lib.ERRNO(errno.EAFNOSUPPORT)
         rules.add(answer, "socket", lib.Arg(0, lib.EQ, family))
+        pair = lib.ALLOW if family == socket.AF_UNIX else lib.ERRNO(errno.EAFNOSUPPORT)
+        rules.add(pair, "socketpair", lib.Arg(0, lib.EQ, family))
     return rules.export()
 
 
@@ -154,6 +157,13 @@ def _refuse_by_argument(lib: Any) -> bytes:
     # A core limit of 1 keeps the host's crash handler out (see room); 0 would let it in again. core(5)
     rules.add(refuse, "setrlimit", lib.Arg(0, lib.MASKED_EQ, low_word, _RLIMIT_CORE))
     rules.add(refuse, "prlimit64", lib.Arg(1, lib.MASKED_EQ, low_word, _RLIMIT_CORE), lib.Arg(2, lib.NE, 0))
+    # Nobody sets the limits of the room's init, which has to report and to pack.
+    rules.add(refuse, "prlimit64", lib.Arg(0, lib.NE, 0))
+    # TCP and UDP are all that a loopback needs; other protocols would have the host load modules. ip(7)
+    for family in (socket.AF_INET, socket.AF_INET6):
+        rules.add(refuse, "socket", lib.Arg(0, lib.EQ, family), lib.Arg(2, lib.GT, socket.IPPROTO_UDP))
+        for kind in _ODD_SOCKET_TYPES:
+            rules.add(refuse, "socket", lib.Arg(0, lib.EQ, family), lib.Arg(1, lib.MASKED_EQ, 0xF, kind))
     # A set-uid file has no use in here, and a host directory that is writable must not receive one.
     for bit in _SUID_BITS:
         for name, index in _MODE_ARGUMENT.items():

@@ -155,8 +155,8 @@ class IsolatedExecute(Execute):
         files = work.files or pack(
             directory,
             leave_out=["*.ipynb", f"*{WRITTEN_SUFFIX}"],
-            max_bytes=policy.limits.files_bytes,
-            max_files=policy.limits.files_count,
+            max_bytes=policy.limits.work_bytes,
+            max_files=policy.limits.work_files,
         )
         keep: IO[bytes] = tempfile.TemporaryFile()
         try:

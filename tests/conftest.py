@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(__file__))
+sys.path.append(os.path.dirname(__file__))  # for the package `attacks`; last, since `isolate` lies beside it
 
 from attacks.harness import Attacker, Person, Stage
 

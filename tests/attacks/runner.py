@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import resource
 import signal
 import sys
 import tarfile
@@ -130,6 +131,8 @@ def notebook(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     job = json.load(sys.stdin)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))  # as in an ordinary login session
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     result = notebook(job) if "notebooks" in job else run(job)
     with open(job["end"], "w", encoding="utf-8") as file:  # a pipe that no sandbox inherits

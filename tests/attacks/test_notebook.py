@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # the probes are programs in strings
 """Rows where two rooms matter: the student's kernel in one, the driver that speaks with it in the other."""
 
 import secrets
@@ -60,7 +61,8 @@ for path in glob.glob("/proc/*/environ") + glob.glob("/proc/*/cmdline") + glob.g
         everything += open(path, errors="replace").read()
     except OSError:
         pass
-print("driver" in everything, os.environ.get("JUPYTERHUB_API_TOKEN"), len([p for p in os.listdir("/proc") if p.isdecimal()]) < 4)
+few = len([p for p in os.listdir("/proc") if p.isdecimal()]) < 4
+print("driver" in everything, os.environ.get("JUPYTERHUB_API_TOKEN"), few)
 print(sorted(os.listdir("/run/kernel")))
 print([t for t in glob.glob("/proc/*/fd/*") if "driver" in os.path.realpath(t)])
 """])  # fmt: skip
@@ -224,8 +226,16 @@ _ODD = {
 }  # fmt: skip
 
 
+_BLAMED = (
+    "negative count", "huge count", "data is a number", "data is a list", "data is null", "error is odd",
+    "stream is odd", "result is odd",
+)  # fmt: skip
+
+
 @pytest.mark.threat(20, 30, 68)
-@mostly_as_user("how", _ODD, "negative count", "filled socket directory")
+@mostly_as_user(
+    "how", _ODD, "negative count", "filled socket directory", holes=dict.fromkeys(_BLAMED, "blames the driver")
+)
 def test_messages_that_break_the_rules_are_the_students_failure(attacker: Attacker, how: str) -> None:
     source = "from IPython.display import display\n" + _ODD[how]
     (end,) = attacker.notebooks(["print('before')", source, "assert 0", "1"], settings={"timeout": 3})
@@ -307,11 +317,11 @@ _FORGERIES = {
     ),
     "many outputs": (
         "{'name': 'x'}",
-        "[tell('stream', {'name': 'stdout' if n % 2 else 'stderr', 'text': ''}, message) for n in range(120_000)]",
+        "[tell('stream', {'name': 'stdout' if n % 2 else 'stderr', 'text': ''}, message) for n in range(105_000)]",
     ),
     "many displays": (
         "{'name': 'x'}",
-        "[tell('display_data', {'data': {}, 'metadata': {}}, message) for n in range(120_000)]",
+        "[tell('display_data', {'data': {}, 'metadata': {}}, message) for n in range(105_000)]",
     ),
     "no reply": ("{'name': 'x'}", "continue"),
     "end": ("{'name': 'x'}", "os._exit(1)"),
@@ -319,7 +329,7 @@ _FORGERIES = {
 
 
 @pytest.mark.threat(30, 49, 68)
-@mostly_as_user("how", _FORGERIES, "honest")
+@mostly_as_user("how", _FORGERIES, "honest", holes={"no language": "blames the driver"})
 def test_a_hostile_kernel_ends_as_the_students_failure(attacker: Attacker, how: str) -> None:
     language, forge = _FORGERIES[how]
     kernel = attacker.python_argv(_FORGER.replace("LANGUAGE", language).replace("FORGE", forge), "{connection_file}")
@@ -343,7 +353,7 @@ _LEFT = {
 
 
 @pytest.mark.threat(20, 39, 40)
-@mostly_as_user("leave", _LEFT, "one sparse file")
+@mostly_as_user("leave", _LEFT, "one sparse file", holes={"one sparse file": "the next kernel has no room to start"})
 def test_what_one_notebook_leaves_does_not_stop_the_next(attacker: Attacker, leave: str) -> None:
     ends = attacker.notebooks([_LEFT[leave]], ["print('second')"], limits={"files_bytes": 8 * MIB, "files_count": 3000})
     assert [end["error"] for end in ends] == [None, None]

@@ -1,10 +1,11 @@
+# ruff: noqa: E501  # the probes are programs in strings
 """Rows 36 to 46: every hoard ends at a limit, and the report says at which."""
 
 import time
 
 import pytest
 
-from attacks.harness import Attacker, Outcome, mostly_as_user
+from attacks.harness import Attacker, Outcome, known_hole, mostly_as_user
 
 MIB = 1 << 20
 
@@ -68,7 +69,7 @@ for _ in range(4):
 
 
 @pytest.mark.threat(36, 38)
-@mostly_as_user("how", _CPU, "at once", "nobody waits")
+@mostly_as_user("how", _CPU, "at once", "nobody waits", holes={"nobody waits": "times of unreaped children are lost"})
 def test_processor_time_is_counted_in_total(attacker: Attacker, how: str) -> None:
     _ended_by(attacker.run(_CPU[how], limits={"cpu_seconds": 1.5, "wall_seconds": 9}), "cpu")
 
@@ -188,6 +189,13 @@ def fill():
 fill()
 """,
 }
+_UNSEEN = {
+    "shared but not mapped in": "the resident set does not hold it",
+    "shared, of /dev/zero": "the resident set does not hold it",
+    "shared, touched by a child": "the resident set does not hold it",
+    "page tables": "page tables are not counted",
+    "socket buffers": "kernel memory is not counted",
+}
 _UNLIKELY = {"loopback tcp", "pipes"}
 """Hoards that the kernel bounds by itself: they only must not reach their goal unnoticed."""
 
@@ -198,7 +206,7 @@ def _available() -> int:
 
 
 @pytest.mark.threat(37, 38, 42)
-@mostly_as_user("how", _HOARDS, "many processes", "socket buffers")
+@mostly_as_user("how", _HOARDS, "many processes", "socket buffers", holes=_UNSEEN)
 def test_memory_is_counted_in_every_form(attacker: Attacker, how: str) -> None:
     before = _available()
     code = _HOARDS[how] + "\nprint('full', flush=True)\ntime.sleep(1.5)"
@@ -247,7 +255,7 @@ open("first", "w").close()
 makers = {
     "files": lambda n: os.close(os.open(f"f{n}", os.O_CREAT, 0o600)), "directories": lambda n: os.mkdir(f"f{n}"),
     "links": lambda n: os.symlink("x", f"f{n}"), "hard links": lambda n: os.link("first", f"f{n}"),
-    "sockets": lambda n: socket.socket(socket.AF_UNIX).bind(f"f{n}"), 
+    "sockets": lambda n: socket.socket(socket.AF_UNIX).bind(f"f{n}"),
     "long links": lambda n: os.symlink("x" * 4000, f"f{n}"),
 }
 for count in range(5000):
@@ -317,6 +325,7 @@ def test_a_full_stdout_that_nobody_reads_does_not_hold_the_end(attacker: Attacke
 
 
 @pytest.mark.threat(38, 50)
+@known_hole("io_setup takes the table of the whole host")
 def test_host_wide_tables_are_not_used_up(attacker: Attacker) -> None:
     """Asynchronous input/output has one table for the whole host: /proc/sys/fs/aio-max-nr."""
 
@@ -340,6 +349,11 @@ time.sleep(1)
 
 
 @pytest.mark.threat(50)
+@pytest.mark.parametrize(
+    "person",
+    ["root", pytest.param("user", marks=known_hole("in-flight descriptors are counted per host user"))],
+    indirect=True,
+)
 def test_descriptors_in_flight_do_not_stop_the_next_sandbox(attacker: Attacker) -> None:
     """The kernel counts descriptors that are being sent per *host* user; an ordinary user's sandboxes share one."""
     hog = attacker.start_code("""
@@ -361,7 +375,6 @@ time.sleep(30)
 """)
     hog.hear("up")
     (end,) = attacker.notebooks(["1 + 1"])
-    print(hog._heard)
     assert end["error"] is None, end
 
 

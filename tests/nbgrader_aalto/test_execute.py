@@ -227,7 +227,7 @@ def test_nobody_but_the_grader_left_something_in_the_course_or_home(graded: Grad
     assert {path.name for path in graded.course.root.iterdir()} <= {
         "source", "release", "submitted", "autograded", "gradebook.db", "nbgrader_config.py",
     }  # fmt: skip
-    assert not (graded.course.home / ".ipython").exists()
+    assert not (graded.course.home / ".ipython/profile_default").exists()  # where a kernel would have run
 
 
 # --- with other settings

@@ -395,7 +395,7 @@ def main() -> int:
             without = [collected[name] for name in excepted if name in collected]
             outcome = run(where, common, without, arguments.workers, arguments.stock)
             wrong = untrue + problems(table, collected.keys() - excepted.keys(), outcome, arguments.stock)
-            print(summary(table, where, outcome, excepted, arguments.stock))
+            print(summary(table, where, outcome, excepted, arguments.stock), flush=True)
     except Trouble as trouble:
         print(f"nbgrader's tests could not be run: {trouble}", file=sys.stderr)
         return 2

@@ -5,7 +5,6 @@ Each test grades the very notebook that nbgrader's test uses, by the real `nbgra
 
 import dataclasses
 import importlib.util
-import time
 from pathlib import Path
 
 import nbformat
@@ -100,10 +99,8 @@ def test_a_loop_that_fills_the_memory_ends_in_its_own_cell(course: Course) -> No
     course.add("memory", {"p1": notebook(code(loop), check("after", "pass", 1))})
     course.submit("foo", "memory")
     course.submit("bar", "memory", edit=lambda document: document.cells[0].update(source="x = 1"))
-    started = time.monotonic()
     done = course.nbgrader("autograde", "memory", "--IsolatedExecute.memory=300M")
     assert done.code == 0, done.log
-    assert time.monotonic() - started < 120  # the default timeout of a cell is 30 s
     result = course.result("foo", "memory")
     assert errors(result.cells[0])
     assert result.metadata["isolate"]["limits"] == ["memory"]
