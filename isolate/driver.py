@@ -28,6 +28,7 @@ from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat.validator import NotebookValidationError
 from traitlets import Type
 
 from isolate.outputs import MAX_NESTING, OddDocument, clean_count, clean_outputs, nesting
@@ -39,7 +40,10 @@ OUT_OF_MEMORY_CODE = 77
 """Exit code when the kernel's messages did not fit into the driver's memory."""
 
 _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-ODD_MESSAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError)
+ODD_MESSAGE = (
+    *(ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError),
+    *(nbformat.ValidationError, NotebookValidationError),
+)
 """What a message that breaks the protocol's rules can raise in jupyter_client, nbclient and nbformat."""
 _MAX_INTERRUPTS = 3
 _RESERVE_BYTES = 512 * 1024
