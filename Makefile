@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m virtualenv -q $(VENV) || \
 	  { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; } || \
 	  { echo "No venv can be made with $(PYTHON): install python3-venv (apt-get install python3-venv)." >&2; exit 1; }
-	@umask 022; $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo,test,upstream,lint]'
+	@umask 022; $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo,test,lint]'
 	@touch $@
 
 demo: setup ## grade the example course: honest, careless and hostile students

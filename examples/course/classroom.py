@@ -6,6 +6,7 @@ reason, and only here). On a real machine each student is a user.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import nbformat
 from nbgrader.api import Gradebook
 
 from commands import Job, run, run_all
@@ -30,6 +30,7 @@ OVERRIDES = """\
 c.Exchange.root = {exchange!r}
 c.ExchangeCollect.check_owner = False
 c.Execute.timeout = {timeout}
+c.IsolatedExecute.report_file = {reports!r}
 
 """
 CALL = 'if not os.environ.get("NBGRADER_AALTO_STOCK"):\n'
@@ -103,7 +104,9 @@ class Classroom:
         before, call, after = (HERE / "nbgrader_config.py").read_text().partition(CALL)
         if not call:
             raise ValueError(f"nbgrader_config.py has no line {CALL!r}")
-        overrides = OVERRIDES.format(exchange=str(self.root / "exchange"), timeout=self.timeout_seconds)
+        overrides = OVERRIDES.format(
+            exchange=str(self.root / "exchange"), timeout=self.timeout_seconds, reports=str(self.report_file)
+        )
         (self.course / "nbgrader_config.py").write_text(before + overrides + call + after)
 
     def release(self, emails: dict[str, str]) -> None:
@@ -206,11 +209,17 @@ class Classroom:
                     return submission.score, submission.max_score, submission.late_submission_penalty or 0.0
         return None
 
+    @property
+    def report_file(self) -> Path:
+        """Where the plugin writes one line of JSON for each executed notebook."""
+        return self.root / "reports.jsonl"
+
     def reports(self, student: str, assignment: str) -> list[dict[str, object]]:
-        """What the plugin reports about each executed notebook; empty for stock nbgrader."""
-        folder = self.course / "autograded" / student / assignment
-        notebooks = [nbformat.read(path, as_version=4) for path in sorted(folder.glob("*.ipynb"))]
-        return [notebook.metadata["isolate"] for notebook in notebooks if "isolate" in notebook.metadata]
+        """What the plugin reports about each executed notebook, the last time it was; empty for stock nbgrader."""
+        lines = self.report_file.read_text(encoding="utf-8").splitlines() if self.report_file.exists() else []
+        wanted = [report for report in map(json.loads, lines) if report["student"] == student]
+        found = {report["notebook"]: report for report in wanted if report["assignment"] == assignment}
+        return [found[name] for name in sorted(found)]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jupyter_client.session import Session
 
 from isolate import driver
-from isolate.driver import Budget, Driver, GuardedChannel, nesting
+from isolate.driver import Budget, Driver, GuardedChannel
 from isolate.outputs import parse_document
 
 KEY = b"a key of this test"
@@ -103,23 +103,6 @@ def test_which_messages_decide(kind: str, content: dict[str, str], expected: boo
     session = Session(key=KEY)
     _, parts = session.feed_identities(session.serialize(session.msg(kind, content)))
     assert driver.decides(parts[1], parts[4]) is expected
-
-
-@pytest.mark.parametrize(
-    ("value", "depth"),
-    [(1, 1), ("x", 1), ([], 1), ({}, 1), ([1], 2), ({"a": 1}, 2), ([[], {"a": [1]}], 4), ({"a": {}, "b": [[]]}, 3)],
-)
-def test_nesting(value: Any, depth: int) -> None:
-    assert nesting(value) == depth
-
-
-def test_nesting_of_a_hundred_thousand_levels() -> None:
-    value: Any = []
-    for _ in range(100_000):
-        value = [value]
-    assert nesting(value) == 100_001
-    while value:  # taken apart by hand: freeing it at once recurses
-        value = value.pop()
 
 
 class Wire:

@@ -21,6 +21,7 @@ from nbgrader.preprocessors import Execute
 from traitlets.config import Config
 
 from isolate import notebook as notebook_module
+from isolate import rooms
 from isolate.files import pack
 from isolate.notebook import Ended, Execution, Kernel, Settings, execute
 from isolate.policy import MIB, Limits, Policy, SandboxError
@@ -529,7 +530,6 @@ ODD_MESSAGES = {
     "text/plain is a number": "display({'text/plain': 5}, raw=True)",
     "a mime type of no form": "display({'a b/c+json': {'x': 1}, 'text/plain': 'x'}, raw=True)",
     "image is a dict": "display({'image/png': {'x': 1}}, raw=True)",
-    "count is negative": "get_ipython().execution_count = -5",
     "count is huge": "get_ipython().execution_count = 2 ** 40",
     "display id is a list": SEND.format("display_data", {"data": {}, "metadata": {}, "transient": {"display_id": [1]}}),
     "update of nothing": SEND.format(
@@ -576,6 +576,11 @@ class TestOddMessages:
         assert following.outputs[0].data["text/plain"] == "'next'"
         nbformat.validate(new_notebook(cells=[cell]))
         json.dumps(cell, allow_nan=False, ensure_ascii=False).encode("utf-8")
+
+    def test_a_negative_count_costs_its_own_cells(self, run_cells: Run) -> None:
+        execution = run_cells("'before'", "get_ipython().execution_count = -2", "1", "2", "'next'")
+        assert execution.notebook.cells[0].outputs[0].data["text/plain"] == "'before'"
+        assert execution.notebook.cells[4].outputs[0].data["text/plain"] == "'next'"
 
     def test_a_language_of_no_form(self, run_cells: Run) -> None:
         code = "get_ipython().kernel.__class__.language_info = {'name': 5, 'codemirror_mode': [1], 'mimetype': None}"
@@ -671,7 +676,7 @@ class TestStart:
         assert time.monotonic() - started < 25
 
     def test_a_driver_that_fails_is_the_graders_fault(self, run_cells: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(notebook_module, "grader_paths", list)
+        monkeypatch.setattr(rooms, "grader_paths", list)
         with pytest.raises(SandboxError) as caught:
             run_cells("1")
         assert caught.value.layer in {"driver", "kernel"}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from isolate.outputs import error, notice, parse_document
+from isolate.outputs import error, nesting, notice, parse_document
 from isolate.policy import MIB, Limits, SandboxError
 
 RECORD = {"ended": "ok", "outputs": [], "execution_count": 1, "timing": None, "cut": False}
@@ -285,3 +285,20 @@ def test_an_error_output_shows_its_text() -> None:
     output = error("NotRunError", "because")
     assert output.output_type == "error"
     assert "because" in output.traceback[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "depth"),
+    [(1, 1), ("x", 1), ([], 1), ({}, 1), ([1], 2), ({"a": 1}, 2), ([[], {"a": [1]}], 4), ({"a": {}, "b": [[]]}, 3)],
+)
+def test_nesting(value: Any, depth: int) -> None:
+    assert nesting(value) == depth
+
+
+def test_nesting_of_a_hundred_thousand_levels() -> None:
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    assert nesting(value) == 100_001
+    while value:  # taken apart by hand: freeing it at once recurses
+        value = value.pop()

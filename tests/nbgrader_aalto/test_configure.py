@@ -10,12 +10,12 @@ from typing import Any
 
 import nbgrader.preprocessors
 import pytest
-from e2e.courses import SAFE, Course, answer, check, contents, notebook
 from nbconvert.preprocessors import ExecutePreprocessor
 from nbgrader.converters import Autograde
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
+from e2e.courses import SAFE, Course, answer, check, contents, notebook
 from nbgrader_aalto import configure
 from nbgrader_aalto.configure import INTAKE_EXPORTER, ISOLATED_EXECUTE, REFUSE_TO_RUN, isolated
 from nbgrader_aalto.execute import IsolatedExecute

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.courses import SECRET, Course, Done, answer, check, code, contents, errors, find, notebook, printed
 from nbformat import NotebookNode
 from nbformat.v4 import new_raw_cell
 from packaging.requirements import Requirement
+
+from e2e.courses import SECRET, Course, Done, answer, check, code, contents, errors, find, notebook, printed
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("execute")]
 
@@ -202,8 +203,7 @@ def test_the_report_is_in_the_notebook_and_not_the_students(graded: Graded) -> N
     assert report["tier"] == "namespaces"
     assert len(report["layers"]) > 5
     assert "forged" not in report["layers"]
-    assert report["memory_peak_bytes"] > 1 << 20
-    assert report["wall_seconds"] > 0
+    assert "wall_seconds" not in report  # the same submission gives the same file twice
     assert "cells" not in report
 
 

@@ -38,7 +38,7 @@ MODULE = "nbgrader.tests.apps.test_nbgrader_autograde"
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 CONFIGURATION = "import nbgrader_aalto\n\nc = get_config()\nnbgrader_aalto.configure(c)\n"
-EXTRAS = "test,upstream"
+EXTRAS = "test"
 MINIMUM = (3, 11)
 LONG = 1800.0
 """Seconds: many times what the tests take."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from e2e.courses import Course, check, code, errors, notebook
 from nbformat import NotebookNode
+
+from e2e.courses import Course, check, code, errors, notebook
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("upstream_replacements")]
 

@@ -1,0 +1,299 @@
+"""Two rooms for one notebook: the kernel's and the driver's, from their start to the end of both.
+
+This is the process side of `isolate.notebook`: it starts the two sandboxes, carries words between them, and comes
+back with how each ended and one unread document. It refuses to know what a cell or an output is.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import selectors
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from isolate import driver, uids
+from isolate.environment import grader_paths, grader_policy
+from isolate.policy import MIB, Limits, Policy, Report, SandboxError
+from isolate.sandbox import Command, Sandbox
+
+_SOCKETS = "/run/kernel"
+_KEPT_STDERR_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How to start a kernel: what a kernelspec says."""
+
+    argv: Sequence[str]
+    """With `{connection_file}` in it."""
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    interrupt_mode: str = "signal"
+    home_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Small files that a fresh HOME should have: path -> text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How both rooms ended. `document` is None when it was too large, or too much for the driver."""
+
+    kernel: Report
+    driver: Report
+    document: bytes | None
+
+
+Progress = Callable[[int, str], None]
+"""Called with a cell's index and `started` or `finished`."""
+
+
+def driver_limits(limits: Limits) -> Limits:
+    """The driver's own bounds: enough for the outputs that are kept, several times over, and no more."""
+    return dataclasses.replace(
+        limits,
+        memory_bytes=384 * MIB + 8 * limits.output_bytes,
+        wall_seconds=limits.wall_seconds + 60,
+        cpu_seconds=limits.cpu_seconds + 60,
+        processes=32,
+        files_bytes=1 * MIB,
+        files_count=64,
+    )
+
+
+class TwoRooms:
+    """One kernel room and one driver room, for one job. Use `run` once."""
+
+    def __init__(self, kernel: Kernel, policy: Policy, startup_timeout: float, progress: Progress) -> None:
+        self._kernel, self._startup_timeout, self._progress = kernel, startup_timeout, progress
+        self._policy = dataclasses.replace(policy, environment={**policy.environment, **kernel.environment})
+        self._connection = {
+            "transport": "ipc",
+            "key": secrets.token_hex(32),
+            "signature_scheme": "hmac-sha256",
+            **{f"{name}_port": port for port, name in enumerate(("shell", "iopub", "stdin", "control", "hb"), start=1)},
+        }
+        self._document = bytearray()
+        self._document_limit = 2 * policy.limits.output_bytes + 8 * MIB
+        self._kernel_said = bytearray()
+        self._driver_said = bytearray()
+        self._ready = False
+
+    def run(self, job: Mapping[str, Any], files: IO[bytes] | None, keep: IO[bytes] | None) -> Outcome:
+        """Give the driver this job and wait for both rooms to be gone.
+
+        Raises `SandboxError` when a room cannot be built, the kernel does not start, or driver or host fail.
+        """
+        killed_by_host = _out_of_memory_kills()
+        with contextlib.ExitStack() as stack:
+            lease = stack.enter_context(uids.lease())  # one for both rooms, which share a directory of sockets
+            errors, errors_end = _pipe(stack)
+            command = self._kernel_command(files, keep, errors_end)
+            kernel = stack.enter_context(Sandbox(self._policy, command, lease=lease))
+            os.close(errors_end)
+            driver_report = self._drive(job, kernel, errors, lease)
+            if not kernel.finished:
+                kernel.send("kill")
+            kernel_report = kernel.wait()
+            if keep is not None and not kernel.kept:
+                keep.seek(0)
+                keep.truncate()
+        if kernel_report.signal == signal.SIGKILL and _out_of_memory_kills() != killed_by_host:
+            raise SandboxError("host", "it ran out of memory while the notebook ran", "grade fewer at a time")
+        if not self._ready:
+            self._raise_not_started(kernel_report, driver_report)
+        overwhelmed = driver_report.limit is not None or driver_report.exit_code == driver.OUT_OF_MEMORY_CODE
+        if overwhelmed or len(self._document) > self._document_limit:
+            return Outcome(kernel_report, driver_report, None)
+        if driver_report.ended != "exited" or driver_report.exit_code != 0:
+            raise SandboxError("driver", driver_report.message or self._driver_words())
+        return Outcome(kernel_report, driver_report, bytes(self._document))
+
+    def _kernel_command(self, files: IO[bytes] | None, keep: IO[bytes] | None, stderr: int) -> Command:
+        connection_file = f"{_SOCKETS}/connection.json"
+        return Command(
+            without_working_directory(
+                [word.replace("{connection_file}", connection_file) for word in self._kernel.argv]
+            ),
+            archive=files,
+            keep=keep,
+            room_files={
+                connection_file: json.dumps({**self._connection, "ip": f"{_SOCKETS}/k"}),
+                **self._kernel.home_files,
+            },
+            share_at=_SOCKETS,
+            stdout=stderr,
+            stderr=stderr,
+        )
+
+    def _drive(self, job: Mapping[str, Any], kernel: Sandbox, kernel_errors: int, lease: uids.Lease | None) -> Report:
+        """Run the driver against this kernel until it ends; its report."""
+        with contextlib.ExitStack() as stack:
+            job_file = stack.enter_context(tempfile.TemporaryFile())
+            job_file.write(json.dumps({**job, **self._for_driver()}).encode())
+            job_file.seek(0)
+            result, result_end = _pipe(stack)
+            progress, progress_end = _pipe(stack)
+            words_end, words = _pipe(stack)
+            errors, errors_end = _pipe(stack)
+            assert kernel.shared is not None
+            theirs = [kernel.shared, result_end, progress_end, words_end]
+            start = (
+                f"import sys; sys.path[:0] = {grader_paths()!r}; from isolate.driver import main; "
+                "sys.exit(main(*map(int, sys.argv[1:])))"
+            )
+            command = Command(
+                [sys.executable, "-I", "-B", "-c", start, *map(str, theirs)],
+                cwd="/",
+                pass_fds=theirs,
+                stdin=job_file,
+                stdout=errors_end,
+                stderr=errors_end,
+            )
+            policy = grader_policy(driver_limits(self._policy.limits))
+            sandbox = stack.enter_context(Sandbox(policy, command, lease=lease))
+            for descriptor in (result_end, progress_end, words_end, errors_end):
+                os.close(descriptor)
+            self._listen(kernel, sandbox, {"kernel": kernel_errors, "driver": errors}, result, progress, words)
+            return sandbox.report()
+
+    def _for_driver(self) -> dict[str, Any]:
+        limits = self._policy.limits
+        return {
+            "connection": {**self._connection, "ip": "k"},
+            "interrupt_mode": self._kernel.interrupt_mode,
+            "cell_output_bytes": limits.cell_output_bytes,
+            "output_bytes": limits.output_bytes,
+            "document_bytes": self._document_limit,
+        }
+
+    def _listen(
+        self,
+        kernel: Sandbox,
+        sandbox: Sandbox,
+        errors: Mapping[str, int],
+        result: int,
+        progress: int,
+        words: int,
+    ) -> None:
+        """Serve both rooms until the driver is gone."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(kernel, selectors.EVENT_READ, lambda: self._hear_kernel(kernel, selector, words))
+            selector.register(sandbox, selectors.EVENT_READ, sandbox.receive)
+            selector.register(result, selectors.EVENT_READ, lambda: self._take_document(result, sandbox, selector))
+            selector.register(progress, selectors.EVENT_READ, lambda: self._take_progress(progress, kernel, selector))
+            said = {"kernel": self._kernel_said, "driver": self._driver_said}
+            for name, descriptor in errors.items():
+                take = _take_words(descriptor, said[name], selector)
+                selector.register(descriptor, selectors.EVENT_READ, take)
+            patience = self._startup_timeout
+            deadline = time.monotonic() + patience if patience and patience > 0 else None
+            while not sandbox.finished:
+                left = None if self._ready or deadline is None else max(0.0, deadline - time.monotonic())
+                for key, _ in selector.select(left):
+                    key.data()
+                if not self._ready and deadline is not None and time.monotonic() >= deadline:
+                    kernel.send("kill")
+                    sandbox.send("kill")
+                    deadline = None
+
+    def _hear_kernel(self, kernel: Sandbox, selector: selectors.BaseSelector, words: int) -> None:
+        event = kernel.receive()
+        if event is None:
+            selector.unregister(kernel)
+        if event is None or event["event"] in {"exited", "gone"}:
+            with contextlib.suppress(OSError):
+                os.write(words, b"dead")
+
+    def _take_document(self, result: int, sandbox: Sandbox, selector: selectors.BaseSelector) -> None:
+        block = os.read(result, 1 << 20)
+        self._document += block
+        if not block:
+            selector.unregister(result)
+        elif len(self._document) > self._document_limit:
+            selector.unregister(result)
+            sandbox.send("kill")
+
+    def _take_progress(self, progress: int, kernel: Sandbox, selector: selectors.BaseSelector) -> None:
+        record = os.read(progress, driver.PROGRESS.size)
+        if len(record) != driver.PROGRESS.size:
+            selector.unregister(progress)
+            return
+        index, state = driver.PROGRESS.unpack(record)
+        if state == driver.READY:
+            self._ready = True
+        elif state == driver.INTERRUPT:
+            kernel.send("interrupt")
+        elif state == driver.KILL:
+            kernel.send("kill")
+        else:
+            self._progress(index, "started" if state == driver.STARTED else "finished")
+
+    def _raise_not_started(self, kernel_report: Report, driver_report: Report) -> None:
+        said = self._kernel_said.decode("utf-8", "replace").strip().splitlines()
+        last = f"; it said: {said[-1][:300]}" if said else ""
+        if kernel_report.ended == "killed":
+            if driver_report.ended == "exited" and driver_report.exit_code:
+                raise SandboxError("driver", self._driver_words())
+            cause = f"it was not ready within {self._startup_timeout:g} s"
+        else:
+            cause = kernel_report.message or f"it ended with exit code {kernel_report.exit_code}"
+        raise SandboxError("kernel", f"it did not start: {cause}{last}", "check the environment and its ipykernel")
+
+    def _driver_words(self) -> str:
+        said = self._driver_said.decode("utf-8", "replace").strip().splitlines()
+        return said[-1][:300] if said else "it ended without a document"
+
+
+def without_working_directory(argv: Sequence[str]) -> list[str]:
+    """`python -m ipykernel_launcher ...` such that the kernel is never imported from the work directory.
+
+    `-m` looks there first, so that a student's ipykernel_launcher.py would be the kernel and its own examiner.
+    IPython puts the directory back for the notebook. (Python's `-P` does this from 3.11 on only.)
+    """
+    if len(argv) < 3 or argv[1] != "-m" or not os.path.basename(argv[0]).startswith("python"):
+        return list(argv)
+    start = (
+        "import sys; sys.path[:] = [entry for entry in sys.path if entry]; import runpy; "
+        f"runpy.run_module({argv[2]!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [argv[0], "-c", start, *argv[3:]]
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    """(read end, write end); what is still open is closed with the stack."""
+    ends = os.pipe()
+    for end in ends:
+        stack.callback(_close_once, end, os.fstat(end).st_ino)
+    return ends
+
+
+def _close_once(descriptor: int, inode: int) -> None:
+    with contextlib.suppress(OSError):
+        if os.fstat(descriptor).st_ino == inode:
+            os.close(descriptor)
+
+
+def _take_words(descriptor: int, kept: bytearray, selector: selectors.BaseSelector) -> Callable[[], None]:
+    """Drain a pipe, keeping its first few kilobytes."""
+
+    def take() -> None:
+        block = os.read(descriptor, 1 << 16)
+        if not block:
+            selector.unregister(descriptor)
+        kept.extend(block[: _KEPT_STDERR_BYTES - len(kept)])
+
+    return take
+
+
+def _out_of_memory_kills() -> int:
+    """How often this host's kernel has killed a process for want of memory. proc_vmstat(5)"""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
