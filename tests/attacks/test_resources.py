@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from attacks.harness import Attacker, Outcome, known_hole, mostly_as_user
+from attacks.harness import Attacker, Outcome, mostly_as_user
 
 MIB = 1 << 20
 
@@ -69,7 +69,7 @@ for _ in range(4):
 
 
 @pytest.mark.threat(36, 38)
-@mostly_as_user("how", _CPU, "at once", "nobody waits", holes={"nobody waits": "times of unreaped children are lost"})
+@mostly_as_user("how", _CPU, "at once", "nobody waits")
 def test_processor_time_is_counted_in_total(attacker: Attacker, how: str) -> None:
     _ended_by(attacker.run(_CPU[how], limits={"cpu_seconds": 1.5, "wall_seconds": 9}), "cpu")
 
@@ -325,7 +325,6 @@ def test_a_full_stdout_that_nobody_reads_does_not_hold_the_end(attacker: Attacke
 
 
 @pytest.mark.threat(38, 50)
-@known_hole("io_setup takes the table of the whole host")
 def test_host_wide_tables_are_not_used_up(attacker: Attacker) -> None:
     """Asynchronous input/output has one table for the whole host: /proc/sys/fs/aio-max-nr."""
 
@@ -351,7 +350,7 @@ time.sleep(1)
 @pytest.mark.threat(50)
 @pytest.mark.parametrize(
     "person",
-    ["root", pytest.param("user", marks=known_hole("in-flight descriptors are counted per host user"))],
+    ["root", "user"],
     indirect=True,
 )
 def test_descriptors_in_flight_do_not_stop_the_next_sandbox(attacker: Attacker) -> None:

@@ -56,11 +56,11 @@ def leases() -> set[str]:
     return set(re.findall(r"@(isolate-uid-\d+)", Path("/proc/net/unix").read_text()))
 
 
-def eventually(what: Callable[[], object], seconds: float = 60.0) -> bool:
+def eventually(what: Callable[[], object], seconds: float = 60.0, interval: float = 0.05) -> bool:
     """Whether it becomes true in time."""
     deadline = time.monotonic() + seconds
     while not what():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(interval)
     return True
