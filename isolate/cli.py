@@ -1,6 +1,7 @@
 """The `isolate` command."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -44,13 +45,13 @@ def seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
+    if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return value
 
 
 def count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
@@ -67,6 +68,8 @@ def read_only_path(text: str) -> Bind:
 
 def writable_path(text: str) -> Bind:
     """`PATH` or `PATH:AT`; a path that holds a colon itself is taken whole when it exists."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
     source, _, at = text.rpartition(":")
     if not source or not at.startswith("/") or os.path.exists(text):
         return Bind(_absolute(text))
@@ -139,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--report", metavar="FILE", type=Path, help="write a JSON report: how it ended, time, memory, layers"
     )
-    run.add_argument("cmd", nargs="+", metavar="CMD")
+    run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD")
     return parser
 
 
@@ -173,23 +176,40 @@ def exit_code(report: Report) -> int:
 def run(options: argparse.Namespace) -> int:
     """`isolate run`."""
     command = Command(options.cmd, cwd=options.cwd, stdin=None)
-    with Sandbox(_policy(options), command) as sandbox:
+    with contextlib.ExitStack() as stack:
+        report_file = stack.enter_context(options.report.open("w", encoding="utf-8")) if options.report else None
+        sandbox = Sandbox(_policy(options), command)
+        early: list[str] = []
+        built = False
 
         def forward(number: int, _: FrameType | None) -> None:
-            sandbox.send("interrupt" if number == signal.SIGINT else "terminate")
+            word = "interrupt" if number == signal.SIGINT else "terminate"
+            if built:
+                sandbox.send(word)
+            else:
+                early.append(word)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, forward)
+        stack.enter_context(sandbox)
+        built = True
+        for word in early:
+            sandbox.send(word)
         report = sandbox.wait()
-    if options.report:
-        options.report.write_text(report.to_json() + "\n", encoding="utf-8")
+        if report_file:
+            report_file.write(report.to_json() + "\n")
     if report.ended in {"limit", "signal"}:
         print(f"isolate: {report.message}", file=sys.stderr)
     return exit_code(report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.cmd[:1] == ["--"]:
+        del options.cmd[0]
+    if not options.cmd:
+        parser.error("a command is missing: isolate run [options] -- CMD...")
     try:
         return run(options)
     except SandboxError as error:

@@ -160,7 +160,7 @@ def home_files(python: Path) -> Mapping[str, str]:
         return {}
     key = json.dumps([[str(path), path.stat().st_mtime_ns] for path in installed] + [str(python)])
     cached = _cache_directory() / f"fonts-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return _as_home_file(cached.read_text(encoding="utf-8"))
     text = _build_font_list(python)
     if not text:
@@ -169,7 +169,11 @@ def home_files(python: Path) -> Mapping[str, str]:
         cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False, encoding="utf-8") as file:
             file.write(text)
-        os.replace(file.name, cached)
+        try:
+            os.replace(file.name, cached)
+        except OSError:
+            os.unlink(file.name)
+            raise
     return _as_home_file(text)
 
 

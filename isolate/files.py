@@ -70,6 +70,10 @@ class _Exactly(io.RawIOBase):
         return data
 
 
+_MAX_DEPTH = 256
+"""Each level holds a descriptor open."""
+
+
 def _walk(directory: int, prefix: str, patterns: tuple[str, ...]) -> Iterator[tuple[str, int | None, os.stat_result]]:
     """(name, open descriptor or None for a directory, status); closes `directory`. The taker closes the files."""
     try:
@@ -79,6 +83,8 @@ def _walk(directory: int, prefix: str, patterns: tuple[str, ...]) -> Iterator[tu
             path = prefix + name
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
+                if path.count("/") >= _MAX_DEPTH:
+                    raise SandboxError("files", f"{path[:60]!r}... nests more than {_MAX_DEPTH} directories")
                 yield path, None, status
                 flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
                 yield from _walk(os.open(name, flags, dir_fd=directory), path + "/", patterns)

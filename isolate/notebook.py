@@ -144,6 +144,9 @@ class _Job:
     skip: frozenset[int]
     timeouts: Mapping[int, float | None]
 
+    def _timeout(self, index: int) -> float | None:
+        return self.timeouts.get(index, self.settings.timeout)
+
     def _runs(self, index: int) -> bool:
         return index not in self.skip and _is_code(self.notebook.cells[index])
 
@@ -151,7 +154,7 @@ class _Job:
         cells = []
         for index, cell in enumerate(self.notebook.cells):
             runs = self._runs(index)
-            timeout = self.timeouts.get(index, self.settings.timeout)
+            timeout = self._timeout(index)
             cells.append({"source": cell.source if runs else "", "run": runs, "timeout": timeout})
         return {"cells": cells, "settings": self.settings.for_driver()}
 
@@ -195,9 +198,8 @@ class _Job:
         cells: dict[int, Ended] = {}
         where, cause = "its outputs", explain_limit("output", self.policy)
         for index, cell in enumerate(notebook.cells):
-            if not _is_code(cell):
-                continue
-            cell.outputs, cell.execution_count = [], None
+            if cell.cell_type == "code":  # a blank one, too: nothing of earlier runs may be scored
+                cell.outputs, cell.execution_count = [], None
             if not self._runs(index):
                 continue
             record = result["cells"].get(index)
@@ -219,7 +221,7 @@ class _Job:
                 limits.append("timeout")
             if ended not in {Ended.OK, Ended.TIMEOUT}:
                 where, cause = f"cell {index + 1} of the notebook", _cause(ended, kernel)
-                cell.outputs += _explain_cell(ended, cause, self.settings, cell.outputs)
+                cell.outputs += _explain_cell(ended, cause, self.settings, self._timeout(index), cell.outputs)
         if result.get("language_info"):
             notebook.metadata["language_info"] = result["language_info"]
         if result.get("widgets"):
@@ -255,14 +257,16 @@ def _cause(ended: Ended, kernel: Report) -> str:
     return kernel.message
 
 
-def _explain_cell(ended: Ended, cause: str, settings: Settings, found: Sequence[Any]) -> list[NotebookNode]:
+def _explain_cell(
+    ended: Ended, cause: str, settings: Settings, timeout: float | None, found: Sequence[Any]
+) -> list[NotebookNode]:
     if ended is Ended.STOPPED and any(output.output_type == "error" for output in found):
         return []
     text = {
         Ended.KERNEL_DIED: ("KernelDiedError", f"The kernel ended while this cell ran: {cause}."),
         Ended.STUCK: (
             "CellTimeoutError",
-            f"This cell did not end within its timeout of {settings.timeout} s: {cause}.",
+            f"This cell did not end within its timeout of {timeout} s: {cause}.",
         ),
         Ended.IOPUB_TIMEOUT: (
             "OutputTimeoutError",

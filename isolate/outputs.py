@@ -5,6 +5,7 @@ depth. `parse_document` either returns values that hold nothing but what it name
 """
 
 import json
+import re
 from typing import Any, NoReturn
 
 from nbformat import NotebookNode
@@ -14,6 +15,8 @@ from isolate.policy import MIB, Limits, SandboxError
 
 MAX_NESTING = 64
 """Lists and dicts of an output nest at most this deep."""
+_JSON_TYPE = re.compile(r"application/(.*\+)?json$")
+"""nbformat's own pattern: only these may hold something else than text."""
 _MAX_OUTPUTS = 100_000
 _MAX_VALUES = 2_000_000
 """Each value may cost a hundred bytes of memory for three of text."""
@@ -43,6 +46,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise OddDocument(f"the number {name}")
 
 
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if value - value != 0:
+        raise OddDocument(f"the number {text[:20]}")
+    return value
+
+
 def parse_document(document: bytes) -> dict[str, Any]:
     """`cells` (index -> ended, outputs, execution_count, timing, cut), `language_info`, `widgets`.
 
@@ -51,7 +61,7 @@ def parse_document(document: bytes) -> dict[str, Any]:
     try:
         if sum(document.count(mark) for mark in (b"[", b"{", b",")) > _MAX_VALUES:
             raise OddDocument("too many values")
-        raw = json.loads(document.decode("utf-8"), parse_constant=_refuse_constant)
+        raw = json.loads(document.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite_float)
         if nesting(raw) > _DOCUMENT_NESTING:
             raise OddDocument("too deeply nested")
         return {
@@ -59,7 +69,7 @@ def parse_document(document: bytes) -> dict[str, Any]:
             "language_info": _language_info(raw.get("language_info")),
             "widgets": _json_dict(raw.get("widgets")),
         }
-    except (OddDocument, ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise SandboxError("driver", f"it sent a document that cannot be used: {str(error)[:200]}") from error
 
 
@@ -97,9 +107,15 @@ def _json_dict(value: object) -> dict[str, Any] | None:
 
 
 def _language_info(value: object) -> dict[str, Any] | None:
-    info = _json_dict(value)
-    if info is not None and not isinstance(info.get("name"), str):
+    """The kernel's words about itself, which student code can change: what nbformat would refuse is left out."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
+    info = _json_dict(value) or {}
+    for name in ("file_extension", "mimetype", "pygments_lexer"):
+        if not isinstance(info.get(name, ""), str):
+            del info[name]
+    if not isinstance(info.get("codemirror_mode", ""), str | dict):
+        del info["codemirror_mode"]
     return info
 
 
@@ -156,7 +172,7 @@ def _output(value: object) -> NotebookNode:
 
 def _mime(mime: str, value: Any) -> Any:
     """Text, unless the type is JSON: nbformat's schema, `mimebundle`."""
-    if mime == "application/json" or mime.endswith("+json"):
+    if _JSON_TYPE.match(mime):
         return _clean(value)
     if isinstance(value, list):
         return "".join(_str(line) for line in value)

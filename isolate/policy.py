@@ -19,9 +19,10 @@ GIB = 1024 * MIB
 def parse_size(text: str) -> int:
     """Bytes from `500M`, `2G`, `1.5GiB`, `4096`: powers of 1024. Raises `ValueError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?", text.strip())
-    if not match or int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) <= 0:
+    size = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not 1 <= size < 1 << 62:
         raise ValueError(f"{text!r} is not a size; write for example 500M or 2G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    return int(size)
 
 
 class SandboxError(Exception):
@@ -70,7 +71,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
+            if not 0 < getattr(self, field.name) < float("inf"):
                 raise ValueError(f"the limit {field.name} must be positive, not {getattr(self, field.name)}")
 
 

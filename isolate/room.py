@@ -261,6 +261,8 @@ def _bring_up_loopback() -> None:
 
 def _unpack(file: IO[bytes], directory: str) -> None:
     """Regular files and directories of a tar archive that the supervisor or an earlier room packed."""
+    if not file.seek(0, os.SEEK_END):
+        return  # nothing could be kept
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
@@ -316,9 +318,10 @@ def _pack(file: IO[bytes], directory: str, max_bytes: int, max_files: int) -> No
                         os.chmod(path, 0o755 if os.stat(path).st_mode & 0o100 else 0o644)
                         info.size = os.path.getsize(path)
                         info.mode = os.stat(path).st_mode & 0o777
-                        if info.size > room_left:
+                        taken = -(-info.size // 4096) * 4096
+                        if taken > room_left:
                             continue
-                        room_left -= info.size
+                        room_left -= taken
                         with open(path, "rb") as content:
                             archive.addfile(info, content)
                 except UnicodeEncodeError:
@@ -386,7 +389,11 @@ def _start(plan: Plan, box: socket.socket) -> int:
             with contextlib.suppress(OSError, ValueError):
                 signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        os.chdir(plan["cwd"])
+        try:
+            os.chdir(plan["cwd"])
+        except OSError as error:
+            os.write(2, f"isolate: the working directory {plan['cwd']}: {error.strerror}\n".encode())
+            os._exit(126)
         close_all_but(*plan["pass_fds"])
         for descriptor in plan["pass_fds"]:
             os.set_inheritable(descriptor, True)
@@ -427,12 +434,13 @@ def _reap_until_end(main_pid: int, box: socket.socket) -> int:
 
 def _obey(box: socket.socket, main_pid: int) -> None:
     command = box.recv(64)
-    if command == b"interrupt":
+    if command in {b"interrupt", b"terminate"}:
+        number = signal.SIGINT if command == b"interrupt" else signal.SIGTERM
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(main_pid, signal.SIGINT)
-    elif command == b"terminate":
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(main_pid, signal.SIGTERM)
+            try:
+                os.killpg(main_pid, number)
+            except ProcessLookupError:  # it has not called setsid yet
+                os.kill(main_pid, number)
     else:  # b"kill", or the supervisor is gone
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)

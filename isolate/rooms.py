@@ -279,13 +279,14 @@ def _close_once(descriptor: int, inode: int) -> None:
 
 
 def _take_words(descriptor: int, kept: bytearray, selector: selectors.BaseSelector) -> Callable[[], None]:
-    """Drain a pipe, keeping its first few kilobytes."""
+    """Drain a pipe, keeping its last few kilobytes."""
 
     def take() -> None:
         block = os.read(descriptor, 1 << 16)
         if not block:
             selector.unregister(descriptor)
-        kept.extend(block[: _KEPT_STDERR_BYTES - len(kept)])
+        kept.extend(block)
+        del kept[:-_KEPT_STDERR_BYTES]
 
     return take
 

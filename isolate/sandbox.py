@@ -113,7 +113,7 @@ def _mount_entries(policy: Policy) -> list[dict[str, Any]]:
         if os.path.islink(source):
             real = os.path.realpath(source)
             if any(_is_below(real, other) for other in real_sources if other != real) and source == target:
-                entry["link"] = os.readlink(source)  # such as /bin -> usr/bin
+                entry["link"] = real  # such as /bin -> /usr/bin; what lies between may not be visible
             else:
                 entry["source"] = real
         entries[target, "visible"] = entry
@@ -254,6 +254,7 @@ class Sandbox:
         event: dict[str, Any] = json.loads(data)
         if descriptors:
             self.shared = descriptors[0]
+            os.set_inheritable(self.shared, False)  # recv_fds leaves it to be inherited
             self._stack.callback(os.close, self.shared)
         if event["event"] == "ready":
             self.layers = tuple(event["layers"])
@@ -284,10 +285,9 @@ class Sandbox:
             selector.register(self._socket, selectors.EVENT_READ)
             while not self.finished:
                 left = None if deadline is None else deadline - time.monotonic()
-                if not selector.select(left) and left is not None and left <= 0:
+                if not selector.select(None if left is None else max(0.0, left)):
                     raise TimeoutError("the sandbox is still running")
-                if left is None or left > 0:
-                    self.receive()
+                self.receive()
         return self.report()
 
     def report(self) -> Report:
@@ -313,12 +313,12 @@ class Sandbox:
         code = os.waitstatus_to_exitcode(exited["status"])
         if code >= 0:
             return Report("exited", exit_code=code, **common)
-        limit_of_signal = {signal.SIGXCPU: "cpu", signal.SIGXFSZ: "files"}.get(signal.Signals(-code))
+        limit_of_signal = {int(signal.SIGXCPU): "cpu", int(signal.SIGXFSZ): "files"}.get(-code)
         if limit_of_signal is None and -code == signal.SIGKILL and exited_cpu >= self._policy.limits.cpu_seconds:
             limit_of_signal = "cpu"
         if limit_of_signal:
             return Report("limit", limit=limit_of_signal, message=self._explain(limit_of_signal), **common)
-        return Report("signal", signal=-code, message=f"ended by {signal.Signals(-code).name}", **common)
+        return Report("signal", signal=-code, message=f"ended by {_signal_name(-code)}", **common)
 
     @property
     def kept(self) -> bool:
@@ -335,6 +335,14 @@ class Sandbox:
             self.send("kill")
         self._socket.close()  # the launcher ends what is left when this end is gone
         self._stack.close()
+
+
+def _signal_name(number: int) -> str:
+    """Real-time signals have no name in Python."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def explain_limit(limit: str, policy: Policy) -> str:

@@ -120,7 +120,6 @@ STUDENTS: dict[str, tuple[dict[str, str], Any, dict[str, float]]] = {
     ),
     # how a kernel may end
     "exits": ({**RIGHT, "two": "import os\nos._exit(0)"}, None, {**NOTHING, "test_one": 2}),
-    "quits": ({**RIGHT, "two": "quit()"}, None, {**NOTHING, "test_one": 2}),
     "crashes": ({**RIGHT, "two": "import ctypes\nctypes.string_at(0)"}, None, {**NOTHING, "test_one": 2}),
     "hoards": (
         {**RIGHT, "two": HOARD},

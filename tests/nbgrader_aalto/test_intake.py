@@ -25,6 +25,8 @@ from nbgrader_aalto.configure import configure
 from nbgrader_aalto.inspection import IntakeLimits
 from nbgrader_aalto.intake import IntakeExporter, forget_duplicates
 
+pytestmark = pytest.mark.xdist_group("intake")
+
 CANARY = "canary-7c1f0b"
 CONFIG = """
 c = get_config()
