@@ -237,8 +237,8 @@ class TwoRooms:
         said = self._kernel_said.decode("utf-8", "replace").strip().splitlines()
         last = f"; it said: {said[-1][:300]}" if said else ""
         if kernel_report.ended == "killed":
-            if driver_report.ended == "exited" and driver_report.exit_code:
-                raise SandboxError("driver", self._driver_words())
+            if driver_report.ended in {"signal", "limit"} or driver_report.exit_code:
+                raise SandboxError("driver", driver_report.message or self._driver_words())
             cause = f"it was not ready within {self._startup_timeout:g} s"
         else:
             cause = kernel_report.message or f"it ended with exit code {kernel_report.exit_code}"
