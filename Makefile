@@ -32,7 +32,7 @@ test: lint test-all test-upstream ## lint, every test, nbgrader's own autograde 
 
 .PHONY: test-all
 test-all: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 test-upstream: setup ## nbgrader's own autograde tests against this plugin
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/upstream/run.py

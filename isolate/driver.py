@@ -224,8 +224,6 @@ class Driver:
         for cell in self.job["cells"]:
             new = nbformat.v4.new_code_cell(cell["source"])
             new.metadata["timeout"] = cell["timeout"]
-            if cell.get("raises"):
-                new.metadata["tags"] = ["raises-exception"]
             cells.append(new)
         notebook = nbformat.v4.new_notebook(cells=cells)
         runner = CellRunner(notebook, km=self.kernel, **settings)

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from nbconvert.preprocessors import Preprocessor
-from traitlets import Unicode
+from traitlets import Bool, Unicode
 from traitlets.config import Config, LazyConfigValue
 from traitlets.utils.importstring import import_item
 
@@ -26,6 +26,8 @@ class RefuseToRun(Preprocessor):
 
     reason = Unicode("the configuration is not safe").tag(config=True)
 
+    enabled = Bool(True)
+
     def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
         """Raises `ConfigurationError`, always."""
         raise ConfigurationError(self.reason)
@@ -45,6 +47,7 @@ def configure(c: Config) -> None:
     except Exception as error:  # noqa: BLE001  # whatever it is, stock nbgrader must not run instead
         print(f"nbgrader-aalto: nothing will be autograded: {error}", file=sys.stderr)
         c.Autograde.autograde_preprocessors = [REFUSE_TO_RUN]
+        c.Autograde.exporter_class = INTAKE_EXPORTER
         c.RefuseToRun.reason = str(error)
 
 
@@ -78,8 +81,9 @@ def _replacement(entry: Any) -> Any:
 
     from nbgrader_aalto.execute import IsolatedExecute
 
-    cls = import_item(entry) if isinstance(entry, str) else entry
-    if cls is Execute:
+    item = import_item(entry) if isinstance(entry, str) else entry
+    cls = item if isinstance(item, type) else type(item)
+    if item is Execute:
         return ISOLATED_EXECUTE
     if isinstance(cls, type) and issubclass(cls, IsolatedExecute):
         return entry

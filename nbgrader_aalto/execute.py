@@ -25,6 +25,7 @@ from traitlets import Bool, Dict, Float, Integer, List, Unicode, default
 from isolate.environment import environment_policy, find_executable, home_files
 from isolate.files import pack
 from isolate.notebook import Execution, ExecutionReport, Kernel, Settings, execute
+from isolate.outputs import error
 from isolate.policy import Bind, Limits, Policy, SandboxError, parse_size
 from nbgrader_aalto.written import WRITTEN_SUFFIX, keep_written
 
@@ -270,9 +271,13 @@ class IsolatedExecute(Execute):
         visible = [Path(path) for path in self.read_only]
         if spec.resource_dir and any("{resource_dir}" in word for word in spec.argv):
             visible.append(Path(spec.resource_dir))
+        try:
+            binds = [Bind(path) for path in visible]
+        except ValueError as error:
+            raise SandboxError("policy", f"c.IsolatedExecute.read_only: {error}") from error
         policy = dataclasses.replace(
             policy,
-            read_only=(*policy.read_only, *(Bind(path) for path in visible)),
+            read_only=(*policy.read_only, *binds),
             hidden=(*policy.hidden, *self._hidden_paths()),
             environment={**policy.environment, **self.environment_variables},
         )
@@ -373,11 +378,14 @@ def _let_failures_decide(cell: NotebookNode) -> None:
     """Put errors and stderr before results in a test cell.
 
     nbgrader's `determine_grade` stops at the first result, so that one displayed by the tested code would
-    otherwise decide over the assertion that fails after it. An honest cell has no result before its error.
+    otherwise decide over the assertion that fails after it. An honest cell has no result before its error, and one
+    result at the most: the value of its last expression. Which of several is the instructor's cannot be told.
     """
     if cell.cell_type != "code" or not cell.metadata.get("nbgrader", {}).get("grade"):
         return
     results = [output for output in cell.outputs if output.output_type == "execute_result"]
     others = [output for output in cell.outputs if output.output_type != "execute_result"]
-    # The value of the cell's last expression comes last; that is the one the instructor wrote.
-    cell.outputs = [*others, *results[-1:], *results[:-1]]
+    if len(results) > 1:
+        text = "This test cell has several results, so that one of them was displayed by the tested code; no points."
+        others.append(error("SeveralResultsError", text))
+    cell.outputs = [*others, *results]

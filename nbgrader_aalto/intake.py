@@ -124,18 +124,18 @@ class IntakeExporter(NotebookExporter):
 
         def init_destination(assignment_id: str, student_id: str) -> bool:
             settle()
+            dest = os.path.normpath(converter._format_dest(assignment_id, student_id))
+            # first of all, since it mends what a killed run left, and what is there decides what is inspected
+            result = EarlierResult(Path(dest)) if converter.coursedir.notebook_id == "*" else None
             excluded = student_id in converter.coursedir.student_id_exclude.split(",")
             if not excluded:
                 refusals = self._inspect(converter, assignment_id, student_id)
                 if refusals:
                     self._refuse(assignment_id, student_id, refusals)
                     return False
-            if converter.coursedir.notebook_id == "*":
-                dest = os.path.normpath(converter._format_dest(assignment_id, student_id))
-                result = EarlierResult(Path(dest))
-                if not excluded and not self._unchanged(converter, assignment_id, student_id):
-                    result.put_aside()
-                    earlier.append(result)
+            if result and not excluded and not self._unchanged(converter, assignment_id, student_id):
+                result.put_aside()
+                earlier.append(result)
             return bool(stock["init_destination"](assignment_id, student_id))
 
         def convert_single_notebook(filename: str) -> None:
@@ -230,6 +230,7 @@ def _refuse_unless_isolated(converter: Any) -> None:
                     "the sandbox; call nbgrader_aalto.configure(c) after all other settings"
                 )
         except ConfigurationError as error:
+            converter.log.error("Nothing was autograded: %s", error)
             raise NbGraderException(f"Nothing was autograded: {error}") from error
 
 

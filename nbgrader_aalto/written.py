@@ -1,5 +1,6 @@
 """Files that a notebook wrote, kept for the instructor: regular ones, into a fresh directory."""
 
+import contextlib
 import os
 import shutil
 import tarfile
@@ -24,10 +25,11 @@ def keep_written(after: IO[bytes], before: IO[bytes], directory: Path) -> None:
         if known.get(name) == content:
             continue
         target = directory / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(target, flags, 0o644), "wb") as file:
-            file.write(content)
+        with contextlib.suppress(OSError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(target, flags, 0o644), "wb") as file:
+                file.write(content)
 
 
 def _regular_files(archive: IO[bytes]) -> list[tuple[str, bytes]]:
