@@ -116,7 +116,7 @@ STUDENTS: dict[str, tuple[dict[str, str], Any, dict[str, float]]] = {
     "displays_more": (
         {**RIGHT, "half": DISPLAYS_MORE},
         None,
-        {**FULL, "test_partial": 1},
+        {**FULL, "test_partial": 0},
     ),
     # how a kernel may end
     "exits": ({**RIGHT, "two": "import os\nos._exit(0)"}, None, {**NOTHING, "test_one": 2}),
