@@ -15,20 +15,11 @@ import stat
 from typing import Any, NoReturn
 
 from isolate import room, syscalls
-from isolate.room import BuildError, step
+from isolate.room import step
 
 Plan = dict[str, Any]
 Trees = list[int | None]
 
-ALL_NAMESPACES = (
-    syscalls.CLONE_NEWUSER
-    | syscalls.CLONE_NEWNS
-    | syscalls.CLONE_NEWPID
-    | syscalls.CLONE_NEWNET
-    | syscalls.CLONE_NEWIPC
-    | syscalls.CLONE_NEWUTS
-    | syscalls.CLONE_NEWCGROUP
-)
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 _WRITABLE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
@@ -118,7 +109,7 @@ def run_outer(plan: Plan, box: socket.socket, trees: Trees | None, launcher_pid:
         # Kept through both stages because a host that masks parts of /proc lets nobody mount another one.
         host_proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with step("namespaces", "unshare user, mount, pid, net, ipc, uts, cgroup"):
-            syscalls.unshare(ALL_NAMESPACES)
+            syscalls.unshare(syscalls.ALL_NAMESPACES)
         with step("user namespace", "map one user and one group"):
             room.write_id_maps(host_proc, uid, gid)
         pid = os.fork()
@@ -253,6 +244,3 @@ def _lay_files(plan: Plan) -> None:
 
 def _touch(path: str) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o444))
-
-
-__all__ = ["ALL_NAMESPACES", "BuildError", "open_trees", "run_outer"]

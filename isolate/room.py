@@ -27,15 +27,6 @@ from isolate import syscalls
 
 Plan = dict[str, Any]
 
-_NAMESPACES = (
-    syscalls.CLONE_NEWUSER
-    | syscalls.CLONE_NEWNS
-    | syscalls.CLONE_NEWPID
-    | syscalls.CLONE_NEWNET
-    | syscalls.CLONE_NEWIPC
-    | syscalls.CLONE_NEWUTS
-    | syscalls.CLONE_NEWCGROUP
-)
 INSIDE_ID = 1000
 """The uid and gid that code inside sees as its own, on every host."""
 
@@ -134,7 +125,7 @@ def run_outer(plan: Plan, box: socket.socket, host_proc: int, layers: list[str])
     with report_failures(box):
         syscalls.set_parent_death_signal(signal.SIGKILL)
         with step("room", "unshare user, mount, pid, net, ipc, uts, cgroup"):
-            syscalls.unshare(_NAMESPACES)
+            syscalls.unshare(syscalls.ALL_NAMESPACES)
         with step("room", "map one user and one group"):
             write_id_maps(host_proc, INSIDE_ID, INSIDE_ID)
         os.close(host_proc)

@@ -62,15 +62,6 @@ shmctl shmdt shmget msgctl msgget msgrcv msgsnd semctl semget semop semtimedop s
 umount umount2 unshare uselib userfaultfd ustat vhangup
 """.split()
 
-_NAMESPACE_FLAGS = (
-    syscalls.CLONE_NEWNS
-    | syscalls.CLONE_NEWCGROUP
-    | syscalls.CLONE_NEWUTS
-    | syscalls.CLONE_NEWIPC
-    | syscalls.CLONE_NEWUSER
-    | syscalls.CLONE_NEWPID
-    | syscalls.CLONE_NEWNET
-)
 _SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _ODD_SOCKET_TYPES = (socket.SOCK_RDM, socket.SOCK_SEQPACKET, 6, 10)  # the last two: DCCP, PACKET
 # ioctl_tty(2): typing into a terminal, the console's selection.
@@ -134,7 +125,7 @@ def _allow_by_name(lib: Any) -> bytes:
     for persona in _PERSONALITIES:
         rules.add(lib.ALLOW, "personality", lib.Arg(0, lib.EQ, persona))
     # No new namespaces; clone3, whose flags no filter can see, answers ENOSYS and glibc falls back to clone.
-    rules.add(lib.ALLOW, "clone", lib.Arg(0, lib.MASKED_EQ, _NAMESPACE_FLAGS, 0))
+    rules.add(lib.ALLOW, "clone", lib.Arg(0, lib.MASKED_EQ, syscalls.ALL_NAMESPACES, 0))
     for family in range(64):
         if family in _SOCKET_FAMILIES:
             answer = lib.ALLOW
