@@ -31,7 +31,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat.validator import NotebookValidationError
 from traitlets import Type
 
-from isolate.outputs import MAX_NESTING, OddDocument, clean_count, clean_outputs, nesting
+from isolate.outputs import MAX_NESTING, MAX_WIDGET_BYTES, OddDocument, clean_count, clean_outputs, nesting
 
 PROGRESS = struct.Struct("<II")
 """A progress record: cell index, state. Fixed in size, so that its reader needs no parser."""
@@ -47,7 +47,6 @@ ODD_MESSAGE = (
 """What a message that breaks the protocol's rules can raise in jupyter_client, nbclient and nbformat."""
 _MAX_INTERRUPTS = 3
 _RESERVE_BYTES = 512 * 1024
-_WIDGET_STATE_BYTES = 4 * 1024 * 1024
 
 
 class Budget:
@@ -334,7 +333,7 @@ class Driver:
         self.runner.set_widgets_metadata()
         widgets = self.runner.nb.metadata.get("widgets")
         if widgets:
-            if len(json.dumps(widgets)) <= _WIDGET_STATE_BYTES:
+            if len(json.dumps(widgets)) <= MAX_WIDGET_BYTES:
                 self.result["widgets"] = widgets
             else:
                 self.result["widgets_cut"] = True

@@ -15,6 +15,8 @@ from isolate.policy import MIB, Limits, SandboxError
 
 MAX_NESTING = 64
 """Lists and dicts of an output nest at most this deep."""
+MAX_WIDGET_BYTES = 4 * MIB
+"""Widget state of a notebook that is kept, as JSON; what is larger is dropped whole."""
 _JSON_TYPE = re.compile(r"application/(.*\+)?json$")
 """nbformat's own pattern: only these may hold something else than text."""
 _MAX_OUTPUTS = 100_000
@@ -67,7 +69,7 @@ def parse_document(document: bytes) -> dict[str, Any]:
         return {
             "cells": {_index(key): _record(value) for key, value in _dict(_dict(raw).get("cells")).items()},
             "language_info": _language_info(raw.get("language_info")),
-            "widgets": _json_dict(raw.get("widgets")),
+            "widgets": _widgets(raw.get("widgets")),
         }
     except (ValueError, TypeError, RecursionError) as error:
         raise SandboxError("driver", f"it sent a document that cannot be used: {str(error)[:200]}") from error
@@ -104,6 +106,12 @@ def _clean(value: Any) -> Any:
 
 def _json_dict(value: object) -> dict[str, Any] | None:
     return None if value is None else {_str(key): _clean(item) for key, item in _dict(value).items()}
+
+
+def _widgets(value: object) -> dict[str, Any] | None:
+    """Widget state, unless it is more than the driver was to send."""
+    widgets = _json_dict(value)
+    return None if widgets and len(json.dumps(widgets)) > MAX_WIDGET_BYTES else widgets
 
 
 def _language_info(value: object) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ processes that run on a bare interpreter. Sources: the man pages of section 2 na
 include/uapi/linux of the kernel for the numbers.
 """
 
+from __future__ import annotations  # read by Pythons from 3.9, too
+
 import ctypes
 import os
 import platform
