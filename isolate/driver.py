@@ -295,7 +295,7 @@ class Driver:
 
     async def _run_cell(self, index: int, cell: Any) -> bool:
         """Whether the kernel can go on. What happened is in the result."""
-        record: dict[str, Any] = {"ended": "ok", "detail": ""}
+        record: dict[str, Any] = {"ended": "ok"}
         self.budget.start_cell()
         self.kernel.start_cell()
         self.tell(STARTED)
@@ -315,8 +315,8 @@ class Driver:
                 go_on = await self._reconnected()
         except CellExecutionError:
             record["ended"], go_on = "stopped", False
-        except ODD_MESSAGE as error:
-            record["ended"], record["detail"] = "odd message", type(error).__name__
+        except ODD_MESSAGE:
+            record["ended"] = "odd message"
         record["seconds"] = time.monotonic() - started
         if record["ended"] == "ok":
             record["ended"] = "timeout" if self.kernel.interrupted else "lost" if self.budget.lost else "ok"
@@ -332,11 +332,8 @@ class Driver:
             return
         self.runner.set_widgets_metadata()
         widgets = self.runner.nb.metadata.get("widgets")
-        if widgets:
-            if len(json.dumps(widgets)) <= MAX_WIDGET_BYTES:
-                self.result["widgets"] = widgets
-            else:
-                self.result["widgets_cut"] = True
+        if widgets and len(json.dumps(widgets)) <= MAX_WIDGET_BYTES:
+            self.result["widgets"] = widgets
 
     def document(self) -> bytes:
         """The result, in which every string can be written as UTF-8 and no number is NaN.
@@ -349,8 +346,8 @@ class Driver:
             if record is not None:
                 try:
                     record["outputs"] = clean_outputs(_finite(cell.outputs))
-                except OddDocument as error:
-                    record.update(ended="odd message", detail=str(error), outputs=[])
+                except OddDocument:
+                    record.update(ended="odd message", outputs=[])
                 record["execution_count"] = clean_count(cell.execution_count)
                 record["timing"] = cell.metadata.get("execution")
         text = _encode(self.result)

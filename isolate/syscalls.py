@@ -25,7 +25,6 @@ ALL_NAMESPACES = (
 """What a base and a room each have of their own, and what code in a room may not make: all but time."""
 
 # mount(2)
-MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_NOEXEC = 8
@@ -38,7 +37,6 @@ MNT_DETACH = 2
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
-MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_IDMAP = 0x100000
 
 _AT_FDCWD = -100

@@ -30,12 +30,8 @@ from isolate.policy import Bind, Limits, Policy, SandboxError, parse_size
 from nbgrader_aalto.written import WRITTEN_SUFFIX, keep_written
 
 _DEFAULT = Limits()
-_HOOKS = (
-    "on_notebook_start",
-    "on_notebook_complete",
-    "on_notebook_error",
-    "on_cell_start",
-    "on_cell_execute",
+_HOOKS = tuple(f"on_notebook_{when}" for when in ("start", "complete", "error")) + tuple(
+    f"on_cell_{when}" for when in ("start", "execute", "complete", "error")
 )
 
 

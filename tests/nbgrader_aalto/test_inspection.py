@@ -9,7 +9,6 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import nbformat
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,25 +24,7 @@ from nbgrader_aalto.inspection import (
     printable,
     scan_json,
 )
-
-Notebook = dict[str, Any]
-
-
-def cell(source: str, **flags: Any) -> Notebook:
-    meta = {"grade": False, "solution": False, "locked": False, "schema_version": 3, **flags}
-    made: Notebook = nbformat.v4.new_code_cell(source, metadata={"nbgrader": meta})
-    return made
-
-
-def notebook() -> Notebook:
-    made: Notebook = nbformat.v4.new_notebook(
-        cells=[
-            cell("### BEGIN SOLUTION\nx = 1\n### END SOLUTION", grade_id="answer", solution=True),
-            cell("assert x == 1", grade_id="test", grade=True, locked=True, points=2),
-        ],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    )
-    return made
+from released import cell, notebook
 
 
 def inspect(path: Path, limits: IntakeLimits | None = None, **changes: Any) -> list[Refusal]:

@@ -24,6 +24,7 @@ from traitlets.config import Config
 from nbgrader_aalto.configure import configure
 from nbgrader_aalto.inspection import IntakeLimits
 from nbgrader_aalto.intake import IntakeExporter, forget_duplicates
+from released import Notebook, notebook
 
 pytestmark = pytest.mark.xdist_group("intake")
 
@@ -39,7 +40,6 @@ import nbgrader_aalto
 
 nbgrader_aalto.configure(c)
 """
-Notebook = dict[str, Any]
 
 
 def nbgrader(course: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -55,23 +55,6 @@ def nbgrader(course: Path, *arguments: str) -> "subprocess.CompletedProcess[str]
         text=True,
         timeout=240,
     )
-
-
-def cell(source: str, **flags: Any) -> Notebook:
-    meta = {"grade": False, "solution": False, "locked": False, "schema_version": 3, **flags}
-    made: Notebook = nbformat.v4.new_code_cell(source, metadata={"nbgrader": meta})
-    return made
-
-
-def notebook() -> Notebook:
-    made: Notebook = nbformat.v4.new_notebook(
-        cells=[
-            cell("### BEGIN SOLUTION\nx = 1\n### END SOLUTION", grade_id="answer", solution=True),
-            cell("assert x == 1", grade_id="test", grade=True, locked=True, points=2),
-        ],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    )
-    return made
 
 
 # --- ways to break a submission: each gets its directory, whose p1.ipynb is right until then
