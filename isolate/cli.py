@@ -91,18 +91,28 @@ def variable(text: str) -> tuple[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="isolate", description="Run code that nobody has read in a sandbox.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    defaults = Limits()
-    run = commands.add_parser(
+    one = commands.add_parser(
         "run",
         help="run a command in a sandbox",
         usage="isolate run [options] -- CMD...",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument(
-        "--ro", metavar="PATH", action="append", default=[], type=read_only_path, help="show PATH, read-only"
+    _add_policy_options(one)
+    one.add_argument(
+        "--report", metavar="FILE", type=Path, help="write a JSON report: how it ended, time, memory, layers"
     )
-    run.add_argument(
+    one.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD")
+    one.set_defaults(handler=run)
+    return parser
+
+
+def _add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """What every subcommand that makes a sandbox takes; read by `_policy`."""
+    defaults = Limits()
+    add = parser.add_argument
+    add("--ro", metavar="PATH", action="append", default=[], type=read_only_path, help="show PATH, read-only")
+    add(
         "--rw",
         metavar="PATH[:AT]",
         action="append",
@@ -111,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show PATH, writable, at AT; what the command does there is done to the real files. Root: files"
         " of the directory's owner are the command's own, there only",
     )
-    run.add_argument(
+    add(
         "--env",
         metavar="K=V",
         action="append",
@@ -119,34 +129,16 @@ def _parser() -> argparse.ArgumentParser:
         type=variable,
         help="set a variable (K alone: pass on yours)",
     )
-    run.add_argument("--cwd", metavar="DIR", default=WORK, help="start in this directory of the sandbox (%(default)s)")
-    run.add_argument(
-        "--memory",
-        metavar="SIZE",
-        type=size,
-        default=defaults.memory_bytes,
-        help="of all processes together (2G)",
-    )
-    run.add_argument(
-        "--cpu", metavar="SECONDS", type=seconds, default=defaults.cpu_seconds, help="processor time (3600)"
-    )
-    run.add_argument("--wall", metavar="SECONDS", type=seconds, default=defaults.wall_seconds, help="time (3600)")
-    run.add_argument("--processes", metavar="N", type=count, default=defaults.processes, help="and threads (128)")
-    run.add_argument(
-        "--files",
-        metavar="SIZE",
-        type=size,
-        default=defaults.files_bytes,
-        help="of all files that it writes (256M)",
-    )
-    run.add_argument(
-        "--report", metavar="FILE", type=Path, help="write a JSON report: how it ended, time, memory, layers"
-    )
-    run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD")
-    return parser
+    add("--cwd", metavar="DIR", default=WORK, help="start in this directory of the sandbox (%(default)s)")
+    add("--memory", metavar="SIZE", type=size, default=defaults.memory_bytes, help="of all processes together (2G)")
+    add("--cpu", metavar="SECONDS", type=seconds, default=defaults.cpu_seconds, help="processor time (3600)")
+    add("--wall", metavar="SECONDS", type=seconds, default=defaults.wall_seconds, help="time (3600)")
+    add("--processes", metavar="N", type=count, default=defaults.processes, help="and threads (128)")
+    add("--files", metavar="SIZE", type=size, default=defaults.files_bytes, help="of all files that it writes (256M)")
 
 
-def _policy(options: argparse.Namespace) -> Policy:
+def _policy(options: argparse.Namespace, program_name: str) -> Policy:
+    """The system, the environment of this program if it is named by path, and what the options add."""
     limits = Limits(
         wall_seconds=options.wall,
         cpu_seconds=options.cpu,
@@ -154,7 +146,7 @@ def _policy(options: argparse.Namespace) -> Policy:
         processes=options.processes,
         files_bytes=options.files,
     )
-    program = shutil.which(options.cmd[0]) if os.path.isabs(options.cmd[0]) else None
+    program = shutil.which(program_name) if os.path.isabs(program_name) else None
     base = environment_policy([Path(program)], limits=limits) if program else system_policy(limits=limits)
     return dataclasses.replace(
         base,
@@ -178,7 +170,7 @@ def run(options: argparse.Namespace) -> int:
     command = Command(options.cmd, cwd=options.cwd, stdin=None)
     with contextlib.ExitStack() as stack:
         report_file = stack.enter_context(options.report.open("w", encoding="utf-8")) if options.report else None
-        sandbox = Sandbox(_policy(options), command)
+        sandbox = Sandbox(_policy(options, options.cmd[0]), command)
         early: list[str] = []
         built = False
 
@@ -206,18 +198,20 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.cmd[:1] == ["--"]:
-        del options.cmd[0]
-    if not options.cmd:
-        parser.error("a command is missing: isolate run [options] -- CMD...")
+    if "cmd" in options:
+        if options.cmd[:1] == ["--"]:
+            del options.cmd[0]
+        if not options.cmd:
+            parser.error(f"a command is missing: isolate {options.command} [options] -- CMD...")
     try:
-        return run(options)
+        code: int = options.handler(options)
     except SandboxError as error:
         print(f"isolate: the sandbox could not be built: {error}", file=sys.stderr)
         return NOT_BUILT
     except OSError as error:
         print(f"isolate: {error}", file=sys.stderr)
         return NOT_BUILT
+    return code
 
 
 if __name__ == "__main__":
