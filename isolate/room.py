@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import tarfile
+import termios
 from collections.abc import Iterator
 from typing import IO, Any, NoReturn
 
@@ -147,6 +148,7 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
             syscalls.join_new_session_keyring()  # EPERM where the host forbids keyctl, to us and to the room
         _make_writable_places(plan)
         shared = _share_sockets(plan) if plan["share_at"] else None
+        shared = _open_terminal() if plan["terminal"] else shared
         with step("network namespace", "bring up the room's own loopback"):
             _bring_up_loopback()
         socket.sethostname("sandbox")
@@ -159,7 +161,7 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 write_file(path, text)
         _close_walls(plan)
-        layers += ["no capabilities", "no_new_privs", "seccomp", "rlimits", "memory and cpu sampled in total"]
+        layers += ["no capabilities", "no_new_privs", "seccomp", "rlimits", plan["counted"]]
         _send_ready(box, layers, shared)
         pid = _start(plan, box)
         close_all_but(box.fileno(), *([keep.fileno()] if keep else []))
@@ -231,14 +233,25 @@ def _open_what_will_be_covered(plan: Plan) -> dict[str, tuple[int, bool]]:
 def _share_sockets(plan: Plan) -> int:
     """A tiny directory for unix sockets; the descriptor that comes back is a read-only mount of it alone.
 
-    A plain directory descriptor would lead up and out by `..`; a cloned, detached mount has no parent.
+    A plain directory descriptor would lead up and out by `..`; a cloned, detached mount has no parent. No symlink
+    in it is followed, lest somebody outside who connects to a socket in here ends at one of the host's.
     """
     with step("sockets", f"mount {plan['share_at']}"):
-        flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+        flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC | syscalls.MS_NOSYMFOLLOW
         syscalls.mount("tmpfs", plan["share_at"], "tmpfs", flags, "size=64k,nr_inodes=16,mode=700")
         tree = syscalls.open_tree(plan["share_at"])
         syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_RDONLY)
     return tree
+
+
+def _open_terminal() -> int:
+    """A terminal of this room's own devpts as stdin, stdout and stderr; the descriptor of its master. openpty(3)"""
+    with step("terminal", "open a pseudo terminal of the room's own"):
+        master, slave = os.openpty()
+        for descriptor in range(3):
+            os.dup2(slave, descriptor)
+        os.close(slave)
+    return master
 
 
 def _bring_up_loopback() -> None:
@@ -374,6 +387,8 @@ def _start(plan: Plan, box: socket.socket) -> int:
         return pid
     try:
         os.setsid()
+        if plan["terminal"]:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         with report_failures(box):
             _limit_resources(plan["limits"])
         for number in range(1, signal.NSIG):

@@ -10,12 +10,10 @@ import json
 import os
 import secrets
 import selectors
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from isolate import driver, uids
@@ -88,7 +86,6 @@ class TwoRooms:
 
         Raises `SandboxError` when a room cannot be built, the kernel does not start, or driver or host fail.
         """
-        killed_by_host = _out_of_memory_kills()
         with contextlib.ExitStack() as stack:
             lease = stack.enter_context(uids.lease())  # one for both rooms, which share a directory of sockets
             errors, errors_end = _pipe(stack)
@@ -102,8 +99,6 @@ class TwoRooms:
             if keep is not None and not kernel.kept:
                 keep.seek(0)
                 keep.truncate()
-        if kernel_report.signal == signal.SIGKILL and _out_of_memory_kills() != killed_by_host:
-            raise SandboxError("host", "it ran out of memory while the notebook ran", "grade fewer at a time")
         if not self._ready:
             self._raise_not_started(kernel_report, driver_report)
         overwhelmed = driver_report.limit is not None or driver_report.exit_code == driver.OUT_OF_MEMORY_CODE
@@ -289,12 +284,3 @@ def _take_words(descriptor: int, kept: bytearray, selector: selectors.BaseSelect
         del kept[:-_KEPT_STDERR_BYTES]
 
     return take
-
-
-def _out_of_memory_kills() -> int:
-    """How often this host's kernel has killed a process for want of memory. proc_vmstat(5)"""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0

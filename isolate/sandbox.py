@@ -80,6 +80,8 @@ class Command:
     """Small files to write into the room's writable places: path -> text."""
     share_at: str | None = None
     """Where to mount a tiny directory for unix sockets, whose descriptor is then `Sandbox.shared`."""
+    terminal: bool = False
+    """Give it a terminal of the room's own instead of stdin, stdout and stderr; its master is then `Sandbox.shared`."""
     pass_fds: Sequence[int] = ()
     stdin: int | IO[bytes] | None = subprocess.DEVNULL
     stdout: int | IO[bytes] | None = None
@@ -158,6 +160,7 @@ def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
         "keep_fd": command.keep.fileno() if command.keep else None,
         "room_files": dict(command.room_files),
         "share_at": command.share_at,
+        "terminal": command.terminal,
         "pass_fds": list(command.pass_fds),
     }
 
@@ -301,8 +304,13 @@ class Sandbox:
             "memory_peak_bytes": max(gone["memory_peak_bytes"], exited["memory_peak_bytes"] if exited else 0),
             "layers": self.layers,
         }
+        limit = gone["limit"]
+        by_kill = exited is not None and os.waitstatus_to_exitcode(exited["status"]) == -signal.SIGKILL
+        if gone["killed_by_host"] and limit is None and (by_kill or exited is None) and not self._killed:
+            raise SandboxError("host", "it ran out of memory while the sandbox ran", "run fewer at a time")
+        if limit == "memory" and exited is not None and not self._killed:
+            return Report("limit", limit=limit, message=self._explain(limit), **common)
         if exited is None:
-            limit = gone["limit"]
             if limit == "owner" or (limit is None and self._killed):
                 return Report("killed", **common)
             if limit is None:

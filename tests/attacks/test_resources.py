@@ -158,23 +158,25 @@ for _ in range(3):
 import socket
 socket.setdefaulttimeout(1)
 server = socket.create_server(("127.0.0.1", 0), backlog=1000)
-kept = []
+kept, held = [], 0
 def fill():
+    global held
     try:
         while True:
             one = socket.create_connection(server.getsockname())
             kept.append(one)
             one.setblocking(False)
             try:
-                while True: one.send(b"x" * 65536)
+                while True: held += one.send(b"x" * 65536)
             except BlockingIOError: pass
     except OSError: pass
 fill()
 """,
     "pipes": """
 import fcntl
-kept = []
+kept, held = [], 0
 def fill():
+    global held
     try:
         while True:
             r, w = os.pipe()
@@ -183,41 +185,35 @@ def fill():
             except OSError: pass
             os.set_blocking(w, False)
             try:
-                while True: os.write(w, b"x" * 65536)
+                while True: held += os.write(w, b"x" * 65536)
             except BlockingIOError: pass
     except OSError: pass
 fill()
 """,
 }
-_UNSEEN = {
-    "shared but not mapped in": "the resident set does not hold it",
-    "shared, of /dev/zero": "the resident set does not hold it",
-    "shared, touched by a child": "the resident set does not hold it",
-    "page tables": "page tables are not counted",
-    "socket buffers": "kernel memory is not counted",
-}
+_UNSEEN_WITHOUT_CGROUPS = {"socket buffers", "loopback tcp"}
 _UNLIKELY = {"loopback tcp", "pipes"}
 """Hoards that the kernel bounds by itself: they only must not reach their goal unnoticed."""
 
 
-def _available() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+def _sampled(outcome: Outcome) -> bool:
+    return outcome.report is not None and "limits in total: sampled" in outcome.report["layers"]
 
 
 @pytest.mark.threat(37, 38, 42)
-@mostly_as_user("how", _HOARDS, "many processes", "socket buffers", holes=_UNSEEN)
+@pytest.mark.parametrize("how", _HOARDS)
 def test_memory_is_counted_in_every_form(attacker: Attacker, how: str) -> None:
-    before = _available()
-    code = _HOARDS[how] + "\nprint('full', flush=True)\ntime.sleep(1.5)"
+    code = _HOARDS[how] + "\nprint('full', globals().get('held'), flush=True)\ntime.sleep(1.5)"
     outcome = attacker.run(
         code, limits={"memory_bytes": 200 * MIB, "wall_seconds": 15, "open_files": 1024, "processes": 40}
     )
     assert outcome.error is None
     if how in _UNLIKELY and outcome.limit != "memory":
-        assert before - _available() < 400 * MIB
+        assert int(outcome.output.partition("full ")[2]) < 400 * MIB
         return
     assert outcome.report is not None
+    if outcome.limit != "memory" and how in _UNSEEN_WITHOUT_CGROUPS and _sampled(outcome):
+        pytest.xfail("known hole: without cgroups, buffers of sockets are not counted")
     if outcome.report["ended"] == "exited" and "full" not in outcome.output:
         assert "MemoryError" in outcome.output or "OSError" in outcome.output, outcome
         return
