@@ -20,7 +20,6 @@ from isolate.room import step
 Plan = dict[str, Any]
 Trees = list[int | None]
 
-_DEVICES = ("null", "zero", "full", "random", "urandom")
 _READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 _WRITABLE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 
@@ -43,7 +42,7 @@ def open_trees(plan: Plan) -> Trees:
             else:
                 _make_writable(plan, entry, tree)
         trees.append(tree)
-    for device in _DEVICES:
+    for device in room.DEVICES:
         with step("devices", f"open /dev/{device}"):
             trees.append(syscalls.open_tree(f"/dev/{device}"))
     return trees
@@ -172,7 +171,7 @@ def _enter_empty_root(plan: Plan) -> bool:
 def _lay_devices(trees: Trees) -> None:
     os.makedirs("/dev/pts")
     os.mkdir("/dev/shm")
-    for device, tree in zip(_DEVICES, trees, strict=True):
+    for device, tree in zip(room.DEVICES, trees, strict=True):
         assert tree is not None
         with step("devices", f"bind /dev/{device}"):
             _touch(f"/dev/{device}")

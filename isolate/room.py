@@ -21,12 +21,16 @@ import socket
 import struct
 import tarfile
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
 
-from isolate import syscalls
+from isolate import landlock, syscalls
 
 Plan = dict[str, Any]
+
+DEVICES = ("null", "zero", "full", "random", "urandom")
+WALLS = ("no capabilities", "no_new_privs", "seccomp", "rlimits")
+"""What `close_walls` and `start` put in force, for the report."""
 
 INSIDE_ID = 1000
 """The uid and gid that code inside sees as its own, on every host."""
@@ -160,23 +164,50 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
             with step("files", f"write {path}"):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 write_file(path, text)
-        _close_walls(plan)
-        layers += ["no capabilities", "no_new_privs", "seccomp", "rlimits", plan["counted"]]
-        _send_ready(box, layers, shared)
-        pid = _start(plan, box)
-        close_all_but(box.fileno(), *([keep.fileno()] if keep else []))
-        status = _reap_until_end(pid, box)
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if keep is not None:
-            _pack_or_nothing(keep, plan["work"], plan["keep_bytes"], plan["keep_files"])
-        send_event(
-            box,
-            "exited",
-            status=status,
-            cpu_seconds=usage.ru_utime + usage.ru_stime,
-            memory_peak_bytes=usage.ru_maxrss * 1024,
-        )
+        close_walls(plan["seccomp"])
+        layers += WALLS
+        rules = None
+        if landlock.abi() >= landlock.REFER_SINCE:
+            rules = _landlock_rules(plan)
+            layers.append(f"Landlock ABI {landlock.abi()}")
+        send_ready(box, [*layers, plan["counted"]], shared)
+        pid = start(plan, box, lambda: restrict(rules))
+        finish(plan, box, keep, reap_until_end(pid, box, kill_namespace))
     os._exit(0)
+
+
+def finish(plan: Plan, box: socket.socket, keep: IO[bytes] | None, status: int) -> None:
+    """Pack what the command left, if anybody wants it, and say how it ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if keep is not None:
+        _pack_or_nothing(keep, plan["work"], plan["keep_bytes"], plan["keep_files"])
+    send_event(
+        box,
+        "exited",
+        status=status,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        memory_peak_bytes=usage.ru_maxrss * 1024,
+    )
+
+
+def _landlock_rules(plan: Plan) -> list[landlock.Rule]:
+    """All is to be read; written is what is the room's own, or shown writable. Nothing below /proc is written."""
+    writable = ["/tmp", "/home/student", "/dev/shm", *([plan["share_at"]] if plan["share_at"] else [])]
+    writable += [entry["target"] for entry in plan["mounts"] if entry["kind"] == "writable"]
+    devices = [f"/dev/{name}" for name in DEVICES]
+    return [
+        ("/", "read"),
+        *((path, "write") for path in writable),
+        *((path, "device") for path in devices),
+        ("/dev/pts", "terminal"),
+    ]
+
+
+def restrict(rules: list[landlock.Rule] | None) -> None:
+    """Landlock for the command alone: the room's init still has to pack. None: this kernel has none."""
+    if rules is not None:
+        with step("landlock", "restrict"):
+            landlock.restrict(rules)
 
 
 def _open_descriptor(descriptor: int | None) -> IO[bytes] | None:
@@ -332,7 +363,7 @@ def _pack(file: IO[bytes], directory: str, max_bytes: int, max_files: int) -> No
                     continue  # a name that no archive can carry
 
 
-def _close_walls(plan: Plan) -> None:
+def close_walls(filters: list[str]) -> None:
     """The order matters: what needs a privilege first, the filter that forbids changes last."""
     with step("rlimits", "keep the host's crash handler out"):
         # Not 0, with which a core_pattern that is a pipe runs the host's crash handler as root; 1 is the
@@ -345,7 +376,7 @@ def _close_walls(plan: Plan) -> None:
     with step("no_new_privs", "set"):
         syscalls.set_no_new_privs()
     with step("seccomp", "load the filter"):
-        for program in plan["seccomp"]:
+        for program in filters:
             syscalls.load_seccomp_filter(base64.b64decode(program))
 
 
@@ -370,7 +401,7 @@ def _limit_resources(limits: dict[str, Any]) -> None:
             resource.setrlimit(which, (value, value))
 
 
-def _send_ready(box: socket.socket, layers: list[str], shared: int | None) -> None:
+def send_ready(box: socket.socket, layers: list[str], shared: int | None) -> None:
     message = json.dumps({"event": "ready", "layers": layers}).encode()
     ancillary = []
     if shared is not None:
@@ -380,7 +411,7 @@ def _send_ready(box: socket.socket, layers: list[str], shared: int | None) -> No
         os.close(shared)
 
 
-def _start(plan: Plan, box: socket.socket) -> int:
+def start(plan: Plan, box: socket.socket, close_last_walls: Callable[[], None]) -> int:
     """Fork and execute the command. Exit code 127: not found, 126: cannot be executed (as env(1))."""
     pid = os.fork()
     if pid:
@@ -391,6 +422,7 @@ def _start(plan: Plan, box: socket.socket) -> int:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         with report_failures(box):
             _limit_resources(plan["limits"])
+            close_last_walls()
         for number in range(1, signal.NSIG):
             with contextlib.suppress(OSError, ValueError):
                 signal.signal(number, signal.SIG_DFL)
@@ -411,7 +443,7 @@ def _start(plan: Plan, box: socket.socket) -> int:
         os._exit(126)
 
 
-def _reap_until_end(main_pid: int, box: socket.socket) -> int:
+def reap_until_end(main_pid: int, box: socket.socket, kill_others: Callable[[], None]) -> int:
     """Reap everything, obey the supervisor, and when the main process ends kill the rest. Its wait status."""
     wakeup, wakeup_end = os.pipe()
     os.set_blocking(wakeup_end, False)
@@ -427,7 +459,7 @@ def _reap_until_end(main_pid: int, box: socket.socket) -> int:
             except ChildProcessError:
                 break
             if pid == main_pid:
-                _kill_everybody()
+                _empty(kill_others)
                 return status
             if pid == 0:
                 break
@@ -435,10 +467,10 @@ def _reap_until_end(main_pid: int, box: socket.socket) -> int:
             if descriptor == wakeup:
                 os.read(wakeup, 512)
             else:
-                _obey(box, main_pid)
+                _obey(box, main_pid, kill_others)
 
 
-def _obey(box: socket.socket, main_pid: int) -> None:
+def _obey(box: socket.socket, main_pid: int, kill_others: Callable[[], None]) -> None:
     command = box.recv(64)
     if command in {b"interrupt", b"terminate"}:
         number = signal.SIGINT if command == b"interrupt" else signal.SIGTERM
@@ -448,15 +480,19 @@ def _obey(box: socket.socket, main_pid: int) -> None:
             except ProcessLookupError:  # it has not called setsid yet
                 os.kill(main_pid, number)
     else:  # b"kill", or the supervisor is gone
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)
+        kill_others()
 
 
-def _kill_everybody() -> None:
+def kill_namespace() -> None:
     """All processes of this PID namespace but its init. kill(2)"""
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
+
+
+def _empty(kill_others: Callable[[], None]) -> None:
+    """Kill and reap until we have no child left; orphans become our children."""
     while True:
+        kill_others()
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
