@@ -84,26 +84,31 @@ def _id_map_namespace(uids: tuple[int, int], gids: tuple[int, int]) -> int:
         os.waitpid(pid, 0)
 
 
+def leave_launcher(plan: Plan, launcher_pid: int, death_signal: int) -> None:
+    """What a sandbox's first process does: stop being the launcher's image, be killed early, give up root."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    # Under memory pressure the host ends a sandbox first. Written by root, it cannot be lowered. proc(5)
+    with contextlib.suppress(OSError):
+        room.write_file("/proc/self/oom_score_adj", "800")
+    if plan["uid"] is not None:
+        with step("unprivileged user", "give up root"):
+            os.setgroups([])
+            os.setresgid(plan["gid"], plan["gid"], plan["gid"])
+            os.setresuid(plan["uid"], plan["uid"], plan["uid"])
+            # Else /proc/self belongs to root and the id maps cannot be written.
+            syscalls.set_dumpable(True)
+    # After the uid: a change of credentials clears it. prctl(2)
+    syscalls.set_parent_death_signal(death_signal)
+    if os.getppid() != launcher_pid:
+        os._exit(1)
+
+
 def run_outer(plan: Plan, box: socket.socket, trees: Trees | None, launcher_pid: int) -> NoReturn:
     """Drop to the sandbox's uid, unshare, map one id, fork PID 1 of the base and wait for it."""
     with room.report_failures(box):
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
-        # Under memory pressure the host ends a sandbox first. Written by root, it cannot be lowered. proc(5)
-        with contextlib.suppress(OSError):
-            room.write_file("/proc/self/oom_score_adj", "800")
-        if plan["uid"] is not None:
-            with step("unprivileged user", "give up root"):
-                os.setgroups([])
-                os.setresgid(plan["gid"], plan["gid"], plan["gid"])
-                os.setresuid(plan["uid"], plan["uid"], plan["uid"])
-                # Else /proc/self belongs to root and the id maps cannot be written.
-                syscalls.set_dumpable(True)
-        # After the uid: a change of credentials clears it. prctl(2)
-        syscalls.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != launcher_pid:
-            os._exit(1)
+        leave_launcher(plan, launcher_pid, signal.SIGKILL)
         uid, gid = os.getuid(), os.getgid()
         # Kept through both stages because a host that masks parts of /proc lets nobody mount another one.
         host_proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -172,7 +172,7 @@ def create(limits: dict[str, Any]) -> Group | None:
         found = hierarchies(_read("/proc/self/cgroup"), _read("/proc/self/mountinfo"))
     except (OSError, ValueError):
         return None
-    name = f"isolate-{os.getpid()}-{_start_time(os.getpid())}"
+    name = f"isolate-{os.getpid()}-{start_time(os.getpid())}"
     for make in (_create_v2, _create_v1):
         group = make(found, name, limits)
         if group is not None:
@@ -248,15 +248,15 @@ def _remove_stale(place: str) -> None:
     """Empty groups whose launcher and its guard were both killed."""
     for entry in os.scandir(place):
         match = re.fullmatch(r"isolate-(\d+)-(\d+)", entry.name)
-        if match and _start_time(int(match[1])) != int(match[2]):
+        if match and start_time(int(match[1])) != int(match[2]):
             with contextlib.suppress(OSError):  # in use, or removed by somebody else
                 if time.time() - entry.stat().st_ctime > _STALE_SECONDS:
                     os.rmdir(entry.path)
 
 
-def _start_time(pid: int) -> int:
-    """Clock ticks since boot, which tell a process from a later one of the same number. proc_pid_stat(5)"""
-    with contextlib.suppress(OSError):
+def start_time(pid: int) -> int:
+    """When it started, in ticks since boot: tells a process from a later one of its number. -1: no such process."""
+    with contextlib.suppress(OSError, IndexError):
         return int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
     return -1
 

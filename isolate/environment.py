@@ -5,6 +5,7 @@ and pyvenv.cfg, never by running the interpreter on the host.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from isolate.policy import HOME, Bind, Limits, Policy, SandboxError, system_policy
+from isolate.policy import HOME, TIERS, Bind, Limits, Policy, SandboxError, system_policy
 from isolate.sandbox import Command, Sandbox
 
 _SECRETS = """
@@ -139,9 +140,9 @@ def _package_parent() -> Path:
 
 _FONT_CACHE_SCRIPT = """
 import glob, os, sys
-os.environ["MPLCONFIGDIR"] = "/tmp/matplotlib"
+os.environ["MPLCONFIGDIR"] = directory = os.environ["TMPDIR"] + "/matplotlib"
 import matplotlib.font_manager
-for path in glob.glob("/tmp/matplotlib/fontlist-*.json"):
+for path in glob.glob(directory + "/fontlist-*.json"):
     with open(path) as file:
         sys.stdout.write(os.path.basename(path) + "\\n" + file.read())
 """
@@ -149,7 +150,7 @@ _FONT_CACHE_MAX_BYTES = 8 * 1024 * 1024
 
 
 @functools.lru_cache(maxsize=32)
-def home_files(python: Path) -> Mapping[str, str]:
+def home_files(python: Path, tier: str = TIERS[0]) -> Mapping[str, str]:
     """Files that make a fresh HOME fit for use by this Python: matplotlib's list of the fonts in the sandbox.
 
     Without the list the first plot takes seconds, and a warning about it on stderr would cost a test cell its
@@ -162,7 +163,7 @@ def home_files(python: Path) -> Mapping[str, str]:
     cached = _cache_directory() / f"fonts-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     with contextlib.suppress(OSError, ValueError, RecursionError):
         return _as_home_file(cached.read_text(encoding="utf-8"))
-    text = _build_font_list(python)
+    text = _build_font_list(python, tier)
     if not text:
         return {}
     with contextlib.suppress(OSError):  # a cache is a convenience: a read-only HOME costs a second each time
@@ -185,8 +186,9 @@ def _as_home_file(text: str) -> Mapping[str, str]:
     return {f"{HOME}/.cache/matplotlib/{name}": content}
 
 
-def _build_font_list(python: Path) -> str:
-    policy = environment_policy([python], limits=Limits(wall_seconds=120, cpu_seconds=120))
+def _build_font_list(python: Path, tier: str) -> str:
+    limits = Limits(wall_seconds=120, cpu_seconds=120)
+    policy = dataclasses.replace(environment_policy([python], limits=limits), tier=tier)
     with tempfile.TemporaryFile() as output:
         command = Command([str(python), "-I", "-c", _FONT_CACHE_SCRIPT], stdout=output, stderr=subprocess.DEVNULL)
         with Sandbox(policy, command) as sandbox:

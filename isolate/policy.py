@@ -25,6 +25,20 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+TIERS = ("namespaces", "landlock")
+
+LANDLOCK_GAPS = (
+    "whoever knows or guesses a path learns whether it exists, its size, times and owner (not what is in it)",
+    "the host's name, kernel, load, network interfaces and process numbers are visible",
+    "grading as an ordinary user: student code has that user's uid, so one missing rule would reach all its files",
+    "work directory, HOME and /tmp lie on a disk of the host; their size is looked at twice a second, not enforced",
+    "processes are found by descent, not by a namespace: killing launcher and keeper at once leaves them running",
+    "grading as an ordinary user: the number of processes is counted together with all others of that user",
+    "files that can be read can be locked (flock) by one job and seen locked by another",
+)
+"""What the landlock tier does not stop, and the namespaces tier does. In every report of that tier."""
+
+
 class SandboxError(Exception):
     """The sandbox could not be built or its host failed; what ran inside is not to blame.
 
@@ -105,6 +119,12 @@ class Policy:
     hidden: tuple[Path, ...] = ()
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     limits: Limits = dataclasses.field(default_factory=Limits)
+    tier: str = "namespaces"
+    """Which wall stands: `namespaces`, or `landlock`, which is weaker (`LANDLOCK_GAPS`) and never chosen by itself."""
+
+    def __post_init__(self) -> None:
+        if self.tier not in TIERS:
+            raise ValueError(f"the tier must be one of {', '.join(TIERS)}, not {self.tier!r}")
 
     def with_visible(self, paths: Iterable[Path]) -> "Policy":
         """This policy with more read-only paths."""
@@ -129,9 +149,11 @@ class Report:
     memory_peak_bytes: int = 0
     tier: str = "namespaces"
     layers: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()
+    """What this tier does not stop."""
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"layers": list(self.layers)}
+        return dataclasses.asdict(self) | {"layers": list(self.layers), "gaps": list(self.gaps)}
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), indent=2)

@@ -39,12 +39,12 @@ INSIDE_ID = 1000
 class BuildError(Exception):
     """A step could not be done; `layer` names the part of the sandbox that is missing."""
 
-    def __init__(self, layer: str, cause: str, error_number: int = 0) -> None:
+    def __init__(self, layer: str, cause: str, remedy: str = "", error_number: int = 0) -> None:
         super().__init__(f"{layer}: {cause}")
-        self.layer, self.cause, self.error_number = layer, cause, error_number
+        self.layer, self.cause, self.remedy, self.error_number = layer, cause, remedy, error_number
 
     def as_dict(self) -> dict[str, Any]:
-        return {"layer": self.layer, "cause": self.cause, "error_number": self.error_number}
+        return {"layer": self.layer, "cause": self.cause, "remedy": self.remedy}
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def step(layer: str, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BuildError(layer, f"{what}: {error}", error.errno or 0) from error
+        raise BuildError(layer, f"{what}: {error}", error_number=error.errno or 0) from error
 
 
 def send_event(box: socket.socket, event: str, **values: Any) -> None:
@@ -156,14 +156,10 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
         with step("network namespace", "bring up the room's own loopback"):
             _bring_up_loopback()
         socket.sethostname("sandbox")
-        keep = _open_descriptor(plan["keep_fd"])
-        if plan["archive_fd"] is not None:
-            with step("files", "unpack the files into the room"), open(plan["archive_fd"], "rb") as file:
-                _unpack(file, plan["work"])
-        for path, text in plan["room_files"].items():
-            with step("files", f"write {path}"):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                write_file(path, text)
+        keep = open_keep(plan)
+        set_up_files(plan)
+        with step("capabilities", "empty the bounding set"):
+            syscalls.drop_bounding_capabilities()
         close_walls(plan["seccomp"])
         layers += WALLS
         rules = None
@@ -210,8 +206,20 @@ def restrict(rules: list[landlock.Rule] | None) -> None:
             landlock.restrict(rules)
 
 
-def _open_descriptor(descriptor: int | None) -> IO[bytes] | None:
-    return None if descriptor is None else open(descriptor, "wb")
+def open_keep(plan: Plan) -> IO[bytes] | None:
+    """Where the work directory is to be packed into at the end."""
+    return None if plan["keep_fd"] is None else open(plan["keep_fd"], "wb")
+
+
+def set_up_files(plan: Plan) -> None:
+    """Unpack what was given for the work directory, and write the small files of the plan."""
+    if plan["archive_fd"] is not None:
+        with step("files", "unpack the files into the room"), open(plan["archive_fd"], "rb") as file:
+            _unpack(file, plan["work"])
+    for path, text in plan["room_files"].items():
+        with step("files", f"write {path}"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_file(path, text)
 
 
 def _make_writable_places(plan: Plan) -> None:
@@ -372,12 +380,17 @@ def close_walls(filters: list[str]) -> None:
         core = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
         resource.setrlimit(resource.RLIMIT_CORE, (core, core))
     with step("capabilities", "drop them all"):
-        syscalls.drop_all_capabilities()
+        syscalls.drop_capabilities()
     with step("no_new_privs", "set"):
         syscalls.set_no_new_privs()
     with step("seccomp", "load the filter"):
-        for program in filters:
-            syscalls.load_seccomp_filter(base64.b64decode(program))
+        load_filters(filters)
+
+
+def load_filters(filters: list[str]) -> None:
+    """Programs in base64, in order. Raises `OSError`."""
+    for program in filters:
+        syscalls.load_seccomp_filter(base64.b64decode(program))
 
 
 def _limit_resources(limits: dict[str, Any]) -> None:
@@ -459,7 +472,7 @@ def reap_until_end(main_pid: int, box: socket.socket, kill_others: Callable[[], 
             except ChildProcessError:
                 break
             if pid == main_pid:
-                _empty(kill_others)
+                empty(kill_others)
                 return status
             if pid == 0:
                 break
@@ -489,7 +502,7 @@ def kill_namespace() -> None:
         os.kill(-1, signal.SIGKILL)
 
 
-def _empty(kill_others: Callable[[], None]) -> None:
+def empty(kill_others: Callable[[], None]) -> None:
     """Kill and reap until we have no child left; orphans become our children."""
     while True:
         kill_others()

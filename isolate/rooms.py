@@ -145,11 +145,12 @@ class TwoRooms:
                 [sys.executable, "-I", "-B", "-c", start, *map(str, theirs)],
                 cwd="/",
                 pass_fds=theirs,
+                connects=True,
                 stdin=job_file,
                 stdout=errors_end,
                 stderr=errors_end,
             )
-            policy = grader_policy(driver_limits(self._policy.limits))
+            policy = dataclasses.replace(grader_policy(driver_limits(self._policy.limits)), tier=self._policy.tier)
             sandbox = stack.enter_context(Sandbox(policy, command, lease=lease))
             for descriptor in (result_end, progress_end, words_end, errors_end):
                 os.close(descriptor)

@@ -22,6 +22,9 @@ limit is reached, or when the supervisor's end of the socket closes (also by `ki
 the outer; the death signal takes the base's init, and the kernel empties both PID namespaces before it reaps
 that init, for which the launcher waits. When the launcher is killed, the death signals run down the same
 line. Mounts live in the namespaces and go with them; no file on the host belongs to a sandbox.
+
+This is the tier of namespaces. Where a policy names the weaker landlock tier, `isolate.confined` stands in the
+place of the four processes between launcher and command.
 """
 
 import base64
@@ -35,17 +38,19 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, Self
 
 import isolate
-from isolate import seccomp, uids
-from isolate.policy import HOME, WORK, Bind, Policy, Report, SandboxError
+from isolate import landlock, seccomp, uids
+from isolate.policy import HOME, LANDLOCK_GAPS, WORK, Bind, Policy, Report, SandboxError
 
 _WRITABLE_PLACES = ("/tmp", HOME, "/dev/shm")
 _MAX_EVENT_BYTES = 65_536
+_LONGEST_PARENT = 50
 
 _ETC = {
     "/etc/passwd": f"student:x:1000:1000:student:{HOME}:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
@@ -83,6 +88,8 @@ class Command:
     terminal: bool = False
     """Give it a terminal of the room's own instead of stdin, stdout and stderr; its master is then `Sandbox.shared`."""
     pass_fds: Sequence[int] = ()
+    connects: bool = False
+    """Whether it connects to unix sockets that are not its own. Only the landlock tier asks."""
     stdin: int | IO[bytes] | None = subprocess.DEVNULL
     stdout: int | IO[bytes] | None = None
     stderr: int | IO[bytes] | None = None
@@ -162,7 +169,40 @@ def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
         "share_at": command.share_at,
         "terminal": command.terminal,
         "pass_fds": list(command.pass_fds),
+        **_tier_plan(policy, command, uid),
     }
+
+
+def _tier_plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
+    """What `isolate.confined` needs to know. Raises `SandboxError` for what the landlock tier cannot do."""
+    if policy.tier != "landlock":
+        return {"tier": policy.tier}
+    if not landlock.abi():
+        raise SandboxError("landlock", "this kernel has none", "Linux 5.13 or newer, booted with lsm=...,landlock")
+    for bind in (*policy.read_only, *policy.writable):
+        if bind.source != bind.target:
+            raise SandboxError("policy", f"the landlock tier cannot show {bind.source} at another place")
+    extra = seccomp.landlock_tier_filter(
+        connects=command.connects,
+        truncates=landlock.abi() >= landlock.TRUNCATE_SINCE,
+        signals=landlock.abi() >= landlock.SCOPES_SINCE or uid is not None,
+        shared_user=uid is None,
+    )
+    return {
+        "tier": policy.tier,
+        "tier_visible": [str(bind.source) for bind in (*policy.read_only, *policy.writable)],
+        "tier_read_only": list(dict.fromkeys(os.path.realpath(bind.source) for bind in policy.read_only)),
+        "tier_writable": [os.path.realpath(bind.source) for bind in policy.writable],
+        "tier_hidden": [os.path.realpath(path) for path in policy.hidden],
+        "tier_seccomp": [base64.b64encode(extra).decode()],
+        "private_parent": _private_parent(),
+    }
+
+
+def _private_parent() -> str:
+    """Where private directories are made: sockets lie below, whose paths may have 107 bytes. unix(7)"""
+    parent = tempfile.gettempdir()
+    return parent if len(os.fsencode(parent)) <= _LONGEST_PARENT else "/tmp"
 
 
 class Sandbox:
@@ -267,7 +307,8 @@ class Sandbox:
     def _raise_failure(self) -> None:
         failed = self._events.get("failed")
         if failed:
-            raise SandboxError(failed["layer"], failed["cause"], _REMEDIES.get(failed["layer"], ""))
+            remedy = failed.get("remedy") or _REMEDIES.get(failed["layer"], "")
+            raise SandboxError(failed["layer"], failed["cause"], remedy)
         if self.finished and "gone" not in self._events:
             raise SandboxError("launcher", "it ended without a word; the host may be out of memory or processes")
 
@@ -302,7 +343,9 @@ class Sandbox:
             "wall_seconds": round(gone["wall_seconds"], 3),
             "cpu_seconds": round(max(gone["cpu_seconds"], exited_cpu), 3),
             "memory_peak_bytes": max(gone["memory_peak_bytes"], exited["memory_peak_bytes"] if exited else 0),
+            "tier": self._policy.tier,
             "layers": self.layers,
+            "gaps": LANDLOCK_GAPS if self._policy.tier == "landlock" else (),
         }
         limit = gone["limit"]
         by_kill = exited is not None and os.waitstatus_to_exitcode(exited["status"]) == -signal.SIGKILL

@@ -19,17 +19,33 @@ from typing import Any
 from isolate import syscalls
 from isolate.policy import SandboxError
 
-# One group a line of thought; the comment says why it is harmless inside the namespaces.
+# A reviewed list: for each group why it is harmless inside the namespaces, and how it compares with the profile
+# that Docker publishes (moby, profiles/seccomp/default.json). docs/surface.md tells the same to administrators.
+
+# Files. What they reach is the room's own tmpfs and mounts that are locked read-only.
+# Stricter than Docker: no mknod (a device node is a way out where a mount lacks nodev), no name_to_handle_at and
+# open_by_handle_at (files by number, past every mount), no openat2, fchmodat2 and kin (arguments in memory, which the
+# filter for set-uid bits could not read), no fanotify and no inotify: a watch on a shared read-only file
+# tells what other jobs and the host itself open. `tail -f` and watchdog fall back to looking again and again.
 _FILES = """access chdir chmod close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
 fallocate fchdir fchmod fchmodat fchown fchownat chown lchown fcntl fdatasync fgetxattr flistxattr flock
 fremovexattr fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd getdents getdents64 getxattr lgetxattr
 link linkat listxattr llistxattr lremovexattr lseek lsetxattr lstat mkdir mkdirat newfstatat open openat pread64
 preadv preadv2 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv removexattr rename renameat
-renameat2 rmdir sendfile setxattr splice stat statfs statx symlink symlinkat sync sync_file_range syncfs tee
-truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev
-inotify_add_watch inotify_init inotify_init1 inotify_rm_watch"""  # own tmpfs or read-only mounts
+renameat2 rmdir sendfile setxattr splice stat statfs statx symlink symlinkat sync_file_range
+tee truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev"""
+
+# Memory. Bounded by RLIMIT_DATA, the tmpfs and the sum over all processes.
+# Stricter: no memfd_create and memfd_secret (files that no tmpfs counts), no remap_file_pages (emulated, unused),
+# no modify_ldt, no process_madvise and process_mrelease. More than Docker gives without CAP_SYS_NICE: the memory
+# policy calls, which numerical libraries ask for and which bind only the caller's own pages.
 _MEMORY = """brk get_mempolicy madvise mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock munlockall
-munmap pkey_alloc pkey_free pkey_mprotect mbind set_mempolicy map_shadow_stack mseal"""  # bounded by limits
+munmap pkey_alloc pkey_free pkey_mprotect mbind set_mempolicy map_shadow_stack mseal"""
+
+# Processes, threads, signals. They reach no further than the PID namespace; `clone` is allowed below without
+# namespaces, prlimit64 for the caller alone, prctl without core scheduling.
+# Stricter: no ptrace, process_vm_readv and process_vm_writev, which Docker allows since Linux 4.8; no pidfd_getfd and
+# kcmp; no ioprio_set; no set_thread_area and other remains of 32 bits.
 _PROCESSES = """execve execveat exit exit_group fork vfork wait4 waitid getpgid getpgrp getpid getppid getpriority
 getrlimit getrusage getsid gettid prlimit64 setrlimit setpgid setpriority setsid set_robust_list get_robust_list
 set_tid_address arch_prctl prctl rseq futex futex_waitv futex_wake futex_wait futex_requeue membarrier
@@ -38,19 +54,35 @@ sched_getaffinity sched_getattr sched_getparam sched_getscheduler
 sched_rr_get_interval sched_setaffinity sched_yield getcpu capget capset restart_syscall kill tgkill tkill
 rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
 rt_tgsigqueueinfo sigaltstack signalfd signalfd4 pause alarm getitimer setitimer pidfd_open pidfd_send_signal
-ioprio_get seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self"""  # own PID namespace
+ioprio_get seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self"""
+
+# Identity. One uid and one gid are mapped, setgroups is denied and no capability is held: there is nobody to become.
 _IDENTITY = """getegid geteuid getgid getgroups getresgid getresuid getuid setfsgid setfsuid setgid setgroups setregid
-setresgid setresuid setreuid setuid"""  # a single id is mapped and no capability is held
+setresgid setresuid setreuid setuid"""
+
+# Time. Stricter: none that could set a clock, and so not adjtimex and clock_adjtime either, with which Docker lets ask.
 _TIME = """clock_getres clock_gettime clock_nanosleep gettimeofday nanosleep time times timer_create timer_delete
-timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime"""  # no setting
+timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime"""
+
+# Waiting. Stricter: no asynchronous input/output (io_setup and kin share one table of the whole host), no io_uring.
 _WAITING = """epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old
 eventfd eventfd2 pipe pipe2 poll ppoll pselect6 select"""
+
+# Sockets of the room's own network namespace. Stricter: Docker allows every family but vsock, we allow three (below).
 _SOCKETS = """accept accept4 bind connect getpeername getsockname getsockopt listen recv recvfrom recvmmsg recvmsg
-send sendmmsg sendmsg sendto setsockopt shutdown"""  # own network namespace; families below
+send sendmmsg sendmsg sendto setsockopt shutdown"""
+
+# The rest. sysinfo tells the host's memory and load, which C libraries report as the machine's; no ioctl reaches a
+# device but the terminals and the random device, and those need capabilities for more than reading.
 _SYSTEM = """getrandom sysinfo uname ioctl"""
 _ALLOWED = " ".join((_FILES, _MEMORY, _PROCESSES, _IDENTITY, _TIME, _WAITING, _SOCKETS, _SYSTEM)).split()
 
-# Answered with EPERM: the programs that call these should see a plain refusal.
+# Answered with success and not made: nothing in a room is on a disk, and sync(2) would have the host write all of its
+# own. Docker allows both.
+_NOTHING_TO_DO = ("sync", "syncfs")
+
+# Answered with EPERM: the programs that call these should see a plain refusal. SysV memory and queues, keys and the
+# clocks among them are allowed by Docker, where an IPC namespace or a capability decides.
 _REFUSED = """
 acct add_key adjtimex bpf chroot clock_adjtime clock_settime delete_module fanotify_init finit_module fsconfig
 fsmount fsopen fspick get_kernel_syms init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl
@@ -67,12 +99,25 @@ _ODD_SOCKET_TYPES = (socket.SOCK_RDM, socket.SOCK_SEQPACKET, 6, 10)  # the last 
 # ioctl_tty(2): typing into a terminal, the console's selection.
 _TERMINAL_INJECTION = (0x5412, 0x541C)
 _RLIMIT_CORE = 4
+_PR_SCHED_CORE = 62
+_F_NOTIFY = 1026
 _SUID_BITS = (stat.S_ISUID, stat.S_ISGID)
 _MODE_ARGUMENT = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "creat": 1}
 _OPEN_ARGUMENTS = {"open": (1, 2), "openat": (2, 3)}  # name: (index of flags, index of mode)
 _TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
+_ALLOWED_BY_ARGUMENT = ("clone", "personality", "socket", "socketpair")
 _PERSONALITIES = (0x0, 0xFFFFFFFF)
 """PER_LINUX and 'tell me': what a libc or a runtime asks. Turning address randomisation off is refused."""
+
+
+def allowed_names() -> frozenset[str]:
+    """The calls that may succeed, some of them with certain arguments only."""
+    return frozenset((*_ALLOWED, *_NOTHING_TO_DO, *_ALLOWED_BY_ARGUMENT))
+
+
+def refused_names() -> frozenset[str]:
+    """The calls that answer EPERM; all that neither list names answer ENOSYS."""
+    return frozenset(_REFUSED)
 
 
 @functools.cache
@@ -122,6 +167,8 @@ def _allow_by_name(lib: Any) -> bytes:
         rules.add(lib.ALLOW, name)
     for name in _REFUSED:
         rules.add(lib.ERRNO(errno.EPERM), name)
+    for name in _NOTHING_TO_DO:
+        rules.add(lib.ERRNO(0), name)
     for persona in _PERSONALITIES:
         rules.add(lib.ALLOW, "personality", lib.Arg(0, lib.EQ, persona))
     # No new namespaces; clone3, whose flags no filter can see, answers ENOSYS and glibc falls back to clone.
@@ -148,6 +195,10 @@ def _refuse_by_argument(lib: Any) -> bytes:
     # A core limit of 1 keeps the host's crash handler out (see room); 0 would let it in again. core(5)
     rules.add(refuse, "setrlimit", lib.Arg(0, lib.MASKED_EQ, low_word, _RLIMIT_CORE))
     rules.add(refuse, "prlimit64", lib.Arg(1, lib.MASKED_EQ, low_word, _RLIMIT_CORE), lib.Arg(2, lib.NE, 0))
+    # A core that one job keeps for itself has the other half of a processor idle for everybody. core-scheduling.rst
+    rules.add(lib.ERRNO(errno.EINVAL), "prctl", lib.Arg(0, lib.MASKED_EQ, low_word, _PR_SCHED_CORE))
+    # Like inotify, an older watch on a directory that others share. fcntl(2)
+    rules.add(lib.ERRNO(errno.EINVAL), "fcntl", lib.Arg(1, lib.MASKED_EQ, low_word, _F_NOTIFY))
     # Nobody sets the limits of the room's init, which has to report and to pack.
     rules.add(refuse, "prlimit64", lib.Arg(0, lib.NE, 0))
     # TCP and UDP are all that a loopback needs; other protocols would have the host load modules. ip(7)
@@ -167,4 +218,56 @@ def _refuse_by_argument(lib: Any) -> bytes:
                     lib.Arg(flags, lib.MASKED_EQ, creating, creating),
                     lib.Arg(mode, lib.MASKED_EQ, bit, bit),
                 )
+    return rules.export()
+
+
+_FS_IOC_SETFLAGS, _FS_IOC_FSSETXATTR, _FIOSETOWN, _SIOCSPGRP = 0x40086602, 0x401C5820, 0x8901, 0x8902
+_F_SETOWN, _F_SETOWN_EX = 8, 15
+
+
+@functools.cache
+def landlock_tier_filter(*, connects: bool, truncates: bool, signals: bool, shared_user: bool) -> bytes:
+    """What the landlock tier refuses besides: what a namespace would have kept apart and Landlock does not see.
+
+    `connects`: may use sockets of others. `truncates`, `signals`: this Landlock keeps these two apart by itself.
+    `shared_user`: the sandbox's user has other processes, whose priority, and files, whose modes, times and
+    attributes Landlock leaves open.
+    """
+    import pyseccomp as lib
+
+    rules = _Rules(lib, lib.ALLOW)
+    refuse, low_word = lib.ERRNO(errno.EPERM), 0xFFFFFFFF
+    for family in (socket.AF_INET, socket.AF_INET6):
+        rules.add(lib.ERRNO(errno.EAFNOSUPPORT), "socket", lib.Arg(0, lib.EQ, family))
+    # Whoever may write a file by its mode may mark it, whatever Landlock says.
+    refused = "inotify_add_watch inotify_init inotify_init1"
+    refused += " setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr"
+    for name in "utime utimes utimensat futimesat".split():
+        rules.add(lib.ERRNO(0), name)  # answered as done: unpacking and copying end with these calls
+    if not connects:
+        refused += " connect"
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):  # to unix(7) both are datagrams, sent without connecting
+            rules.add(refuse, "socket", lib.Arg(0, lib.EQ, socket.AF_UNIX), lib.Arg(1, lib.MASKED_EQ, 0xF, kind))
+    if not truncates:
+        refused += " truncate"
+    if not signals:
+        refused += " tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal"
+        rules.add(refuse, "kill", lib.Arg(0, lib.NE, 0))
+        for command in (_F_SETOWN, _F_SETOWN_EX):
+            rules.add(refuse, "fcntl", lib.Arg(1, lib.MASKED_EQ, low_word, command))
+        for request in (_FIOSETOWN, _SIOCSPGRP):
+            rules.add(refuse, "ioctl", lib.Arg(1, lib.MASKED_EQ, low_word, request))
+    if shared_user:
+        refused += " chown fchown fchownat lchown"
+        for request in (_FS_IOC_SETFLAGS, _FS_IOC_FSSETXATTR):
+            rules.add(refuse, "ioctl", lib.Arg(1, lib.MASKED_EQ, low_word, request))
+        # Answered as done, too; libzmq aborts without the last one.
+        for name in "chmod fchmod fchmodat".split():
+            rules.add(lib.ERRNO(0), name)
+        for name in "sched_setaffinity sched_setattr sched_setparam sched_setscheduler".split():
+            rules.add(lib.ERRNO(0), name, lib.Arg(0, lib.NE, 0))
+        rules.add(refuse, "setpriority", lib.Arg(1, lib.NE, 0))
+        rules.add(refuse, "setpriority", lib.Arg(0, lib.NE, os.PRIO_PROCESS))
+    for name in refused.split():
+        rules.add(refuse, name)
     return rules.export()

@@ -211,9 +211,8 @@ class _CapData(ctypes.Structure):
     )
 
 
-def drop_all_capabilities() -> None:
-    """Empty the ambient, bounding, effective, permitted and inheritable sets. capabilities(7), capset(2)."""
-    _prctl("PR_CAP_AMBIENT", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+def drop_bounding_capabilities() -> None:
+    """Empty the bounding set; needs CAP_SETPCAP. capabilities(7)"""
     for capability in range(64):
         try:
             present = _prctl("PR_CAPBSET_READ", _PR_CAPBSET_READ, capability)
@@ -221,6 +220,11 @@ def drop_all_capabilities() -> None:
             break  # EINVAL: one past the last capability that this kernel knows
         if present:
             _prctl("PR_CAPBSET_DROP", _PR_CAPBSET_DROP, capability)
+
+
+def drop_capabilities() -> None:
+    """Empty the ambient, effective, permitted and inheritable sets. capabilities(7), capset(2)."""
+    _prctl("PR_CAP_AMBIENT", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
     none = (_CapData * 2)()
     _syscall("capset", _number("capset"), ctypes.byref(header), ctypes.byref(none))

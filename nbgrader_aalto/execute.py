@@ -20,13 +20,13 @@ from nbformat import NotebookNode
 from nbgrader.api import Gradebook
 from nbgrader.converters.base import NbGraderException
 from nbgrader.preprocessors import Execute
-from traitlets import Bool, Dict, Float, Integer, List, Unicode, default
+from traitlets import Bool, Dict, Enum, Float, Integer, List, Unicode, default
 
 from isolate.environment import environment_policy, find_executable, home_files
 from isolate.files import pack
 from isolate.notebook import Execution, ExecutionReport, Kernel, Settings, execute
 from isolate.outputs import error
-from isolate.policy import Bind, Limits, Policy, SandboxError, parse_size
+from isolate.policy import TIERS, Bind, Limits, Policy, SandboxError, parse_size
 from nbgrader_aalto.written import WRITTEN_SUFFIX, keep_written
 
 _DEFAULT = Limits()
@@ -96,6 +96,16 @@ class IsolatedExecute(Execute):
         ),
     ).tag(config=True)
 
+    tier = Enum(
+        TIERS,
+        default_value=TIERS[0],
+        help=dedent(
+            """
+            Which wall stands. `landlock` is for a container in which no namespaces can be made: weaker, and never
+            chosen by itself. `isolate doctor` says what this host can do and what that tier does not stop.
+            """
+        ),
+    ).tag(config=True)
     report_file = Unicode(
         "",
         help=dedent(
@@ -150,6 +160,7 @@ class IsolatedExecute(Execute):
             "limits": list(report.limits),
             "tier": report.tier,
             "layers": list(report.layers),
+            **({"gaps": list(report.gaps)} if report.gaps else {}),
         }
         for cell in executed.cells:
             _let_failures_decide(cell)
@@ -276,6 +287,7 @@ class IsolatedExecute(Execute):
             read_only=(*policy.read_only, *binds),
             hidden=(*policy.hidden, *self._hidden_paths()),
             environment={**policy.environment, **self.environment_variables},
+            tier=self.tier,
         )
         argv = [word.replace("{resource_dir}", spec.resource_dir) for word in spec.argv[1:]]
         is_ipykernel = any("ipykernel" in word for word in argv)
@@ -286,7 +298,7 @@ class IsolatedExecute(Execute):
             argv=[str(executable), *argv, *extra],
             environment=spec.env,
             interrupt_mode=spec.interrupt_mode,
-            home_files=home_files(executable),
+            home_files=home_files(executable, self.tier),
         )
         return kernel, policy
 

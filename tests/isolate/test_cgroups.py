@@ -100,7 +100,7 @@ time.sleep(60)
 
 def test_stale_groups_go_with_the_next_one(group: cgroups.Group, monkeypatch: pytest.MonkeyPatch) -> None:
     place = os.path.dirname(group._directories["memory"])
-    stale, fresh_of_living = f"{place}/isolate-1-1", f"{place}/isolate-{os.getpid()}-{cgroups._start_time(os.getpid())}"
+    stale, fresh_of_living = f"{place}/isolate-1-1", f"{place}/isolate-{os.getpid()}-{cgroups.start_time(os.getpid())}"
     os.mkdir(stale)
     group.remove()
     monkeypatch.setattr(cgroups, "_STALE_SECONDS", -1.0)

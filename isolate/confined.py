@@ -1,0 +1,241 @@
+"""The landlock tier: a weaker sandbox for hosts where no namespace can be made, such as an ordinary container.
+
+It is built only where the policy asks for it by name. The wall is Landlock (which files), seccomp (which calls;
+`isolate.seccomp.landlock_tier_filter` adds what this tier needs) and rlimits. `isolate.policy.LANDLOCK_GAPS` says
+what it does not stop.
+
+Theory of operation
+-------------------
+    launcher   as for a room; makes the private directory, and removes it with everything in it
+      keeper   this module; a subreaper in the place of a PID namespace's init
+        command
+
+The keeper unpacks, closes the walls, starts the command, reaps and packs, with the same functions as the init of a
+room. There are no mounts: the places that a room has are directories of the private one, and `_translate` puts
+their real paths where the caller wrote the usual ones. When the launcher is killed, the keeper's death signal lets
+it kill all below; when the keeper is killed, its orphans become the launcher's, which does. The names of private
+directories tell whose they are, so that the next sandbox removes what two `kill -9` at once left.
+
+Standard library only. Nothing here returns to its caller after a fork.
+"""
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from isolate import landlock, room, syscalls
+from isolate.cgroups import start_time
+from isolate.room import BuildError, step
+from isolate.sampler import descendants
+
+Plan = dict[str, Any]
+
+_HELPERS = 16
+"""Processes of ours that run as the sandbox's user when two sandboxes share one."""
+_STALE_SECONDS = 60.0
+_FILES_SAMPLE_SECONDS = 0.5
+_HOME = "/home/student"
+
+
+class PrivateDirectory:
+    """What a command may write in, on a disk of the host."""
+
+    def __init__(self, path: str, limits: dict[str, Any]) -> None:
+        self.path, self._limits = path, limits
+        self._next = 0.0
+
+    @classmethod
+    def make(cls, parent: str, uid: int | None, limits: dict[str, Any]) -> "PrivateDirectory":
+        """A new one, which only the sandbox's user may enter. Removes what killed sandboxes left. Raises `OSError`."""
+        for entry in os.scandir(parent):
+            match = re.fullmatch(r"isolate-(\d+)-(\d+)-\w+", entry.name)
+            with contextlib.suppress(OSError):
+                if (
+                    match
+                    and start_time(int(match[1])) != int(match[2])
+                    and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+                    and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_SECONDS
+                ):
+                    cls(entry.path, limits).remove()
+        path = tempfile.mkdtemp(prefix=f"isolate-{os.getpid()}-{start_time(os.getpid())}-", dir=parent)
+        for name in ("home", "home/work", "tmp", "run"):
+            os.mkdir(f"{path}/{name}", 0o700)
+        if uid is not None:
+            os.chmod(path, 0o711)  # ours, so that we know it again; what is in it is the sandbox's
+            for name in ("home", "home/work", "tmp", "run"):
+                os.chown(f"{path}/{name}", uid, uid)
+        return cls(path, limits)
+
+    def is_full(self) -> bool:
+        """Whether its files pass the limits; looked at twice a second at most."""
+        if time.monotonic() < self._next:
+            return False
+        taken, count, waiting = 0, 0, [self.path]
+        while waiting and taken <= self._limits["files_bytes"] and count <= self._limits["files_count"]:
+            try:
+                with os.scandir(waiting.pop()) as entries:
+                    for entry in entries:
+                        status = entry.stat(follow_symlinks=False)
+                        taken += status.st_blocks * 512
+                        count += 1
+                        if stat.S_ISDIR(status.st_mode):
+                            waiting.append(entry.path)
+            except (FileNotFoundError, PermissionError, NotADirectoryError):
+                continue  # it changes while we look
+            except OSError:
+                return True  # deeper than a path can be long
+        self._next = time.monotonic() + _FILES_SAMPLE_SECONDS
+        return bool(waiting) or taken > self._limits["files_bytes"] or count > self._limits["files_count"]
+
+    def remove(self) -> None:
+        """Remove it with all in it, however deep: what lies in a directory is moved up before that one goes.
+
+        Only once nothing of the sandbox runs any more. Safe to call again.
+        """
+        try:
+            top = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        number = 0
+        try:
+            while names := os.listdir(top):
+                for name in names:
+                    number = _remove_flat(top, name, number)
+            os.rmdir(self.path)
+        finally:
+            os.close(top)
+
+
+def _remove_flat(top: int, name: str, number: int) -> int:
+    if not stat.S_ISDIR(os.stat(name, dir_fd=top, follow_symlinks=False).st_mode):
+        os.unlink(name, dir_fd=top)
+        return number
+    os.chmod(name, 0o700, dir_fd=top)
+    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+    try:
+        for child in os.listdir(directory):
+            if stat.S_ISDIR(os.stat(child, dir_fd=directory, follow_symlinks=False).st_mode):
+                os.chmod(child, 0o700, dir_fd=directory)
+                number += 1
+                os.rename(child, f"isolate-removed-{number}", src_dir_fd=directory, dst_dir_fd=top)
+            else:
+                os.unlink(child, dir_fd=directory)
+    finally:
+        os.close(directory)
+    os.rmdir(name, dir_fd=top)
+    return number
+
+
+def run_outer(plan: Plan, box: socket.socket, private: str, leave_launcher: Callable[[int], None]) -> NoReturn:
+    """Become the sandbox's user, close the walls, run the command, pack, end."""
+    with room.report_failures(box):
+        # Not SIGKILL: there is no PID namespace that would take everything below with us.
+        signal.signal(signal.SIGUSR2, lambda *_: _kill_all_and_exit())
+        with contextlib.suppress(PermissionError):  # an ordinary user may not; no_new_privs does without
+            syscalls.drop_bounding_capabilities()
+        leave_launcher(signal.SIGUSR2)
+        syscalls.set_child_subreaper()
+        os.umask(0o022)
+        plan = _translate(plan, private)
+        shared = None
+        if plan["share_at"]:
+            shared = os.open(plan["share_at"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        room.set_up_files(plan)
+        keep = room.open_keep(plan)
+        rules = _rules(plan, private)
+        if plan["uid"] is None:
+            plan["limits"]["processes"] += _tasks_of(os.getuid())
+        else:
+            plan["limits"]["processes"] += _HELPERS
+        syscalls.set_dumpable(False)
+        room.close_walls(plan["seccomp"])
+        layers = [f"Landlock ABI {landlock.abi()}", *room.WALLS, "private directory on disk, its size sampled"]
+        if plan["uid"] is not None:
+            layers.insert(0, "unprivileged uid of its own")
+        room.send_ready(box, [*layers, plan["counted"]], shared)
+        pid = room.start(plan, box, lambda: _close_last_walls(plan, rules))
+        room.finish(plan, box, keep, room.reap_until_end(pid, box, _kill_below))
+    os._exit(0)
+
+
+def _close_last_walls(plan: Plan, rules: list[landlock.Rule]) -> None:
+    syscalls.set_parent_death_signal(signal.SIGKILL)
+    room.restrict(rules)
+    with step("seccomp", "load this tier's filter"):
+        room.load_filters(plan["tier_seccomp"])
+
+
+def _kill_below() -> None:
+    for pid in descendants([os.getpid()]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _kill_all_and_exit() -> NoReturn:
+    room.empty(_kill_below)
+    os._exit(1)
+
+
+def _translate(plan: Plan, private: str) -> Plan:
+    """The same plan with the real paths of HOME, /tmp and the sockets' directory in what the command is given.
+
+    A visible path that lies below one of these names keeps its own.
+    """
+    places = {_HOME: f"{private}/home", "/tmp": f"{private}/tmp"}
+    if plan["share_at"]:
+        places[plan["share_at"]] = f"{private}/run"
+    places = {**{path: path for path in plan["tier_visible"]}, **places}
+    names = "|".join(re.escape(name) for name in sorted(places, key=len, reverse=True))
+    pattern = re.compile(f"(?<![^\\s:=,'\"(\\[])({names})(?![^/:'\"\\s,;)\\]])")
+
+    def real(text: str) -> str:
+        return pattern.sub(lambda match: places[match[1]], text)
+
+    return {
+        **plan,
+        "argv": [real(word) for word in plan["argv"]],
+        "environment": {name: real(value) for name, value in plan["environment"].items()},
+        "cwd": real(plan["cwd"]),
+        "work": real(plan["work"]),
+        "share_at": real(plan["share_at"]) if plan["share_at"] else None,
+        "room_files": {real(path): real(text) for path, text in plan["room_files"].items()},
+        "limits": dict(plan["limits"]),
+    }
+
+
+def _rules(plan: Plan, private: str) -> list[landlock.Rule]:
+    rules: list[landlock.Rule] = [(f"/dev/{name}", "device") for name in room.DEVICES]
+    rules += [(f"{private}/{name}", "write") for name in ("home", "tmp", "run")]
+    for path in plan["tier_read_only"]:
+        _check_readable(path)
+        with step("landlock", f"look into {path}"):
+            rules += [(part, "read") for part in landlock.without(path, plan["tier_hidden"])]
+    return rules + [(path, "write") for path in plan["tier_writable"]]
+
+
+def _check_readable(path: str) -> None:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        cause = f"the sandbox's user cannot read {path}: {error.strerror}"
+        raise BuildError("read-only view", cause, "this tier needs an environment that every user may read") from error
+
+
+def _tasks_of(uid: int) -> int:
+    """Processes and threads of this user now: RLIMIT_NPROC counts them all. setrlimit(2)"""
+    count = 0
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == uid:
+                    count += len(os.listdir(f"/proc/{name}/task"))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    return count if soft == resource.RLIM_INFINITY else min(count, soft)

@@ -1,0 +1,152 @@
+"""What a sandbox uses, by looking at its processes from outside: for hosts where no control group counts.
+
+Standard library only. Sources: proc(5), and at each function the page of its file.
+"""
+
+import contextlib
+import os
+import time
+from typing import Any
+
+from isolate.cgroups import Usage
+
+_MAPS_SECONDS = 1.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Sampler:
+    """Adds up memory and processor time of everything below a process of ours and a line of `helpers_below` more.
+
+    Memory is what is resident, swapped out or a page table, and shared anonymous mappings at their full size
+    (they keep pages that no process has mapped in); files are bounded by their own limit. When that sum passes
+    the limit, the proportional one (pages that processes share count once) decides. Buffers of sockets and
+    pipes are not seen. proc(5): status, smaps_rollup, maps, stat, children.
+    """
+
+    def __init__(self, pid: int, limits: dict[str, Any], helpers_below: int) -> None:
+        self._pid, self._limits, self._helpers_below = pid, limits, helpers_below
+        self._seen: dict[int, float] = {}
+        self._ended_cpu_seconds = 0.0
+        self._mapped: dict[int, tuple[int, float, dict[bytes, int]]] = {}
+        self._kills_before = _out_of_memory_kills()
+
+    def sample(self) -> Usage:
+        """Memory, processor time and the limit that was reached now."""
+        helpers = [self._pid]
+        for _ in range(self._helpers_below):
+            helpers = [child for pid in helpers for child in children(pid)]
+        processes = descendants(helpers)
+        memory = self._memory(processes)
+        limit = "memory" if memory > self._limits["memory_bytes"] else None
+        return Usage(memory, self._cpu([*helpers, *processes]), limit)
+
+    def _memory(self, pids: list[int]) -> int:
+        status = {pid: _status(pid) for pid in pids}
+        shared: dict[bytes, int] = {}
+        for pid, values in status.items():
+            for mapping, size in self._shared_mappings(pid, values.get(b"VmSize", 0)).items():
+                shared[mapping] = max(size, shared.get(mapping, 0))
+        self._mapped = {pid: value for pid, value in self._mapped.items() if pid in status}
+        apart = sum(shared.values()) + sum(v.get(b"VmPTE", 0) + v.get(b"VmSwap", 0) for v in status.values())
+        resident = sum(values.get(b"RssAnon", 0) + values.get(b"RssFile", 0) for values in status.values())
+        if apart + resident > self._limits["memory_bytes"]:
+            resident = sum(_proportional(pid, status[pid]) for pid in pids)
+        return apart + resident
+
+    def _shared_mappings(self, pid: int, size: int) -> dict[bytes, int]:
+        """Bytes of each shared anonymous mapping, by what the kernel names it; read again when the size changed."""
+        known = self._mapped.get(pid)
+        if known and known[0] == size and time.monotonic() - known[1] < _MAPS_SECONDS:
+            return known[2]
+        mappings: dict[bytes, int] = {}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            for line in _read(f"/proc/{pid}/maps").splitlines():
+                if line.endswith(b"/dev/zero (deleted)"):
+                    addresses, _, offset, device, inode = line.split(maxsplit=5)[:5]
+                    first, last = (int(address, 16) for address in addresses.split(b"-"))
+                    name = device + inode
+                    mappings[name] = max(mappings.get(name, 0), int(offset, 16) + last - first)
+        self._mapped[pid] = size, time.monotonic(), mappings
+        return mappings
+
+    def killed_by_host(self) -> bool:
+        """Whether the kernel killed any process of this host for want of memory since we began. proc_vmstat(5)"""
+        return _out_of_memory_kills() != self._kills_before
+
+    def _cpu(self, pids: list[int]) -> float:
+        """Seconds of the living and the dead, by two counts of which the larger holds.
+
+        A parent's count of its dead children misses those that it ignores (SIGCHLD), ours those that live for
+        less than a sample.
+        """
+        own, with_children = {}, 0.0
+        for pid in pids:
+            own[pid], children = _cpu(pid)
+            with_children += own[pid] + children
+        self._ended_cpu_seconds += sum(value for pid, value in self._seen.items() if pid not in own)
+        self._seen = own
+        return max(with_children, sum(own.values()) + self._ended_cpu_seconds)
+
+
+def _out_of_memory_kills() -> int:
+    for line in _read("/proc/vmstat").splitlines():
+        if line.startswith(b"oom_kill "):
+            return int(line.split()[1])
+    return 0
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def children(pid: int) -> list[int]:
+    """Pids of the children of all its threads. proc_pid_task(5): children"""
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.extend(int(child) for child in _read(f"/proc/{pid}/task/{task}/children").split())
+    return found
+
+
+def descendants(roots: list[int]) -> list[int]:
+    """Everything below these, without them."""
+    found: list[int] = []
+    waiting = [child for root in roots for child in children(root)]
+    while waiting:
+        pid = waiting.pop()
+        found.append(pid)
+        waiting.extend(children(pid))
+    return found
+
+
+def _status(pid: int) -> dict[bytes, int]:
+    """The sizes in /proc/PID/status, in bytes. proc_pid_status(5)"""
+    values = {}
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in _read(f"/proc/{pid}/status").splitlines():
+            name, _, value = line.partition(b":")
+            if value.endswith(b" kB"):
+                values[name] = int(value.split()[0]) * 1024
+    return values
+
+
+def _proportional(pid: int, status: dict[bytes, int]) -> int:
+    """What is resident without shared memory, pages shared with other processes in part. proc_pid_smaps(5)"""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        lines = (line.split() for line in _read(f"/proc/{pid}/smaps_rollup").splitlines())
+        values = {words[0]: int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == b"kB"}
+        if b"Pss_Anon:" in values:
+            return values[b"Pss_Anon:"] + values[b"Pss_File:"]
+        return values.get(b"Pss:", 0)
+    return status.get(b"RssAnon", 0) + status.get(b"RssFile", 0)  # errs on the safe side
+
+
+def _cpu(pid: int) -> tuple[float, float]:
+    """Seconds of a process, and of its children that it waited for."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        user, system, children_user, children_system = (int(field) / _TICKS for field in fields[11:15])
+        return user + system, children_user + children_system
+    return 0.0, 0.0

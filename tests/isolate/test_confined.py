@@ -1,0 +1,344 @@
+# ruff: noqa: E501  # the probes are programs in strings
+"""The landlock tier: what it stops, what it leaves, and that it is never taken for the other one."""
+
+import dataclasses
+import functools
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attacks.harness import Attacker, eventually, processes
+from isolate import confined, landlock
+from isolate.policy import LANDLOCK_GAPS, Bind, Limits, Policy, SandboxError, system_policy
+from isolate.sandbox import Command, Sandbox
+
+MIB = 1 << 20
+pytestmark = pytest.mark.skipif(landlock.abi() == 0, reason="this kernel has no Landlock")
+
+
+def _policy(**limits: float) -> Policy:
+    bounds = Limits(**{"wall_seconds": 30, "cpu_seconds": 20, **limits})  # type: ignore[arg-type]
+    return dataclasses.replace(system_policy(limits=bounds), tier="landlock")
+
+
+@pytest.fixture
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where private directories are made during this test; nothing may be left in it."""
+    directory = Path(tempfile.mkdtemp(prefix="tier-", dir="/var/tmp"))
+    directory.chmod(0o755)
+    monkeypatch.setattr("isolate.sandbox.tempfile.gettempdir", lambda: str(directory))
+    yield directory
+    assert eventually(lambda: os.listdir(directory) == [], 15)
+    directory.rmdir()
+
+
+def test_the_report_names_the_tier_and_what_it_does_not_stop(parent: Path) -> None:
+    with Sandbox(_policy(), Command(["true"])) as sandbox:
+        report = sandbox.wait()
+    assert (report.ended, report.exit_code, report.tier) == ("exited", 0, "landlock")
+    assert report.gaps == LANDLOCK_GAPS
+    assert f"Landlock ABI {landlock.abi()}" in report.layers
+    assert not any("namespace" in layer for layer in report.layers)
+    with Sandbox(dataclasses.replace(_policy(), tier="namespaces"), Command(["true"])) as sandbox:
+        assert sandbox.wait().gaps == ()
+
+
+def test_a_tier_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="namespaces, landlock"):
+        dataclasses.replace(_policy(), tier="none")
+
+
+def test_what_it_cannot_show_is_refused(tmp_path: Path) -> None:
+    policy = dataclasses.replace(_policy(), writable=(Bind(tmp_path, Path("/elsewhere")),))
+    with pytest.raises(SandboxError, match="at another place"):
+        Sandbox(policy, Command(["true"])).__enter__()
+
+
+def test_without_landlock_there_is_no_tier() -> None:
+    """A real refusal: a filter that makes Landlock's calls answer ENOSYS, in a process of its own."""
+    code = """
+import dataclasses, errno, pyseccomp, sys
+filter = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+filter.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "landlock_create_ruleset")
+filter.load()
+from isolate.policy import SandboxError, system_policy
+from isolate.sandbox import Command, Sandbox
+policy = system_policy()
+with Sandbox(policy, Command(["true"])) as sandbox:
+    assert not any("Landlock" in layer for layer in sandbox.wait().layers)
+try:
+    Sandbox(dataclasses.replace(policy, tier="landlock"), Command(["true"])).__enter__()
+except SandboxError as error:
+    print(error.layer, error.cause)
+"""
+    root = str(Path(confined.__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    assert done.stdout == "landlock this kernel has none\n", done.stderr
+
+
+class Tier:
+    """An attacker in the landlock tier, with a place of its own for private directories."""
+
+    def __init__(self, attacker: Attacker) -> None:
+        self.attacker, self.place = attacker, attacker.elsewhere("t")  # a short name: sockets lie below
+        self._job = {"tier": "landlock", "supervisor_env": {"TMPDIR": str(self.place)}}
+        self.run = functools.partial(attacker.run, **self._job)
+        self.start_code = functools.partial(attacker.start_code, **self._job)
+        self.notebooks = functools.partial(attacker.notebooks, **self._job)
+
+    def is_empty(self) -> bool:
+        return os.listdir(self.place) == []
+
+
+@pytest.fixture
+def tier(attacker: Attacker) -> Tier:
+    return Tier(attacker)
+
+
+@pytest.mark.threat(1, 2, 3, 5, 15)
+def test_files_outside_can_neither_be_read_nor_changed(tier: Tier) -> None:
+    """Files of the very user who grades, which only Landlock keeps apart when that user is an ordinary one."""
+    place = tier.attacker.elsewhere("course")
+    secret = tier.attacker.write(place / "gradebook.db", tier.attacker.token, 0o666)
+    said = tier.run(
+        """
+place = sys.argv[1]; secret = place + "/gradebook.db"
+def read(path):
+    with open(path, "rb") as file: file.read()
+tries = {"read": attempt(read, secret), "list": attempt(os.listdir, place), "write": attempt(open, secret, "w"),
+    "append": attempt(os.open, secret, os.O_WRONLY | os.O_APPEND), "truncate": attempt(os.truncate, secret, 0),
+    "unlink": attempt(os.unlink, secret), "rename": attempt(os.rename, secret, place + "/x"),
+    "make": attempt(os.mkdir, place + "/d"), "link": attempt(os.link, secret, "l"),
+    "symlink": (os.symlink(secret, "s"), attempt(read, "s"))[1], "move in": attempt(os.rename, secret, "moved"),
+    "shadow": attempt(read, "/etc/shadow"), "passwd": attempt(read, "/etc/passwd"), "proc": attempt(read, "/proc/1/environ"),
+    "own proc": attempt(os.listdir, "/proc"), "tmp": attempt(os.listdir, os.path.dirname(os.environ["TMPDIR"]) + "/.."),
+    "home": attempt(os.listdir, "/home"), "mem": attempt(open, "/proc/self/mem", "wb"), "run": attempt(os.listdir, "/run")}
+attempt(os.chmod, secret, 0o777); attempt(os.utime, secret, (1, 1)); attempt(os.chown, secret, -1, os.getgid())
+attempt(os.setxattr, secret, "user.x", b"y")
+say(**tries)
+""",
+        str(place),
+    ).said
+    assert set(said.values()) <= {"EACCES", "EPERM", "EXDEV", "EROFS"}, said
+    assert secret.read_text() == tier.attacker.token
+    status = secret.stat()
+    assert stat.S_IMODE(status.st_mode) == 0o666
+    assert status.st_mtime > 1000
+    assert os.listxattr(secret) == []
+
+
+@pytest.mark.threat(28, "30a", 25)
+def test_processes_outside_cannot_be_signalled_or_slowed(tier: Tier) -> None:
+    victim = subprocess.Popen(["sleep", "60"], **tier.attacker.person.credentials())
+    try:
+        said = tier.run(
+            """
+import signal
+pid = int(sys.argv[1])
+say(kill=attempt(os.kill, pid, 9), all=attempt(os.kill, -1, 15), parent=attempt(os.kill, os.getppid(), 9),
+    group=attempt(os.killpg, os.getpgid(pid), 9), nice=attempt(os.setpriority, os.PRIO_PROCESS, pid, 19),
+    user=attempt(os.setpriority, os.PRIO_USER, os.getuid(), 19), limit=syscall(native(302, 261), pid, 7, 0, 0),
+    trace=syscall(native(101, 117), 16, pid, 0, 0), fd=attempt(signal.pidfd_send_signal, os.pidfd_open(pid), 9)
+        if hasattr(os, "pidfd_open") else "EPERM")
+os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0)) if os.getuid() < 10**9 else None
+""",
+            str(victim.pid),
+        ).said
+        assert victim.poll() is None
+        assert os.getpriority(os.PRIO_PROCESS, victim.pid) == 0
+        assert os.sched_getscheduler(victim.pid) == os.SCHED_OTHER
+        assert said["kill"] == said["parent"] == said["nice"] == said["fd"] == "EPERM"
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+@pytest.mark.threat(32, 33, 34, 35)
+def test_no_socket_leads_out(tier: Tier) -> None:
+    said = tier.run(
+        """
+import socket
+tries = {}
+for family in range(1, 46):
+    for kind in (1, 2, 3, 5):
+        try: socket.socket(family, kind).close(); tries[f"{family} {kind}"] = "ok"
+        except OSError: pass
+stream = socket.socket(socket.AF_UNIX)
+say(open=tries, connect=attempt(stream.connect, "/run/dbus/system_bus_socket"), abstract=attempt(stream.connect, b"\\0x"),
+    send=attempt(stream.sendto, b"x", "/run/systemd/notify"))
+""",
+    ).said
+    assert set(said["open"]) <= {"1 1", "1 5"}
+    assert said["connect"] == said["abstract"] == "EPERM"
+    assert said["send"] != "ok"
+
+
+def test_siblings_of_something_hidden_stay_visible(parent: Path) -> None:
+    place = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    try:
+        place.chmod(0o755)
+        for name in ("etc/jupyter/secret", "etc/fonts/list", "lib/code"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(name)
+        (place / "outward").symlink_to("/etc")
+        policy = dataclasses.replace(_policy().with_visible([place]), hidden=(place / "etc/jupyter",))
+        script = "cat lib/code etc/fonts/list; cat etc/jupyter/secret; ls etc; cat outward/hostname; cat outward/passwd"
+        with tempfile.TemporaryFile() as output:
+            with Sandbox(policy, Command(["sh", "-c", script], cwd=str(place), stdout=output)) as sandbox:
+                sandbox.wait()
+            output.seek(0)
+            assert output.read() == b"lib/codeetc/fonts/list"
+    finally:
+        subprocess.run(["rm", "-rf", str(place)], check=True)
+
+
+_ENDS = {
+    "memory": ("for _ in range(6):\n    if os.fork() == 0: break\nx = bytearray(b'x') * (60 << 20)\ntime.sleep(20)", {"memory_bytes": 150 * MIB}),
+    "files": ("f = open('big', 'wb')\nfor n in range(40): open(f'f{n}', 'wb').write(b'x' * (1 << 20)); time.sleep(0.1)", {"files_bytes": 8 * MIB}),
+    "wall": ("time.sleep(60)", {"wall_seconds": 1}),
+    "cpu": ("for _ in range(3): os.fork()\nwhile True: pass", {"cpu_seconds": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", _ENDS)
+def test_limits_hold(tier: Tier, limit: str) -> None:
+    code, limits = _ENDS[limit]
+    outcome = tier.run(code, limits={"wall_seconds": 25, "processes": 20, **limits})
+    assert outcome.limit == limit, outcome
+    assert eventually(tier.is_empty)
+
+
+def test_too_many_files_end_it(tier: Tier) -> None:
+    code = "for n in range(100000): os.mkdir(f'd{n}'); n % 100 or time.sleep(0.05)"
+    assert tier.run(code, limits={"files_count": 300}).limit == "files"
+
+
+_TREES = {
+    "deep": "for _ in range(3000):\n    os.mkdir('d'); os.chdir('d')",
+    "closed": "os.makedirs('a/b/c'); open('a/b/c/f', 'w').close(); [os.chmod(d, 0) for d in ('a/b/c', 'a/b', 'a', '.')]",
+    "odd": "import socket; socket.socket(1).bind('s'); attempt(os.mkfifo, 'p'); os.symlink('/usr', 'u'); os.symlink('u', '../run')",
+    "names": "[open(os.fsencode(os.environ['TMPDIR']) + b'/' + bytes([n]), 'w').close() for n in range(1, 256) if n not in (46, 47)]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tree", _TREES)
+def test_the_private_directory_goes_whatever_is_in_it(tier: Tier, tree: str) -> None:
+    outcome = tier.run(_TREES[tree] + "\nsys.exit(0)", keep=True)
+    assert outcome.report is not None, outcome
+    assert outcome.report["exit_code"] == 0 or outcome.limit == "files", outcome
+    assert tier.is_empty()
+
+
+@pytest.mark.parametrize("victims", [("launcher",), ("keeper",), ("guard",), ("launcher", "guard"), ("supervisor",)])
+def test_nothing_is_left_after_kill_9(tier: Tier, victims: tuple[str, ...]) -> None:
+    """A daemon, too: processes are found by descent here."""
+    running = tier.start_code(
+        "if os.fork() == 0:\n    os.setsid()\n    if os.fork(): os._exit(0)\nprint('up', flush=True)\ntime.sleep(99)",
+    )
+    running.hear("up")
+
+    def below(pid: int) -> list[int]:
+        def is_child(one: int) -> bool:
+            with open(f"/proc/{one}/stat", "rb") as file:
+                return int(file.read().rpartition(b")")[2].split()[1]) == pid
+
+        return processes(is_child)
+
+    (launcher,) = below(running.process.pid)
+    guard, keeper = sorted(below(launcher))[:2]
+    everything = {launcher, guard, keeper, *below(keeper), *(two for one in below(keeper) for two in below(one))}
+    names = {"launcher": launcher, "guard": guard, "keeper": keeper, "supervisor": running.process.pid}
+    for name in victims:
+        os.kill(names[name], signal.SIGKILL)
+
+    def alive(pid: int) -> bool:
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                return file.read().rpartition(b")")[2].split()[0] != b"Z"
+        except OSError:
+            return False
+
+    if victims == ("guard",):
+        assert alive(keeper)
+        running.process.kill()
+    assert eventually(lambda: not any(map(alive, everything)))
+    if victims == ("launcher", "guard"):  # nobody is left to do it: the next sandbox does
+        (left,) = tier.place.iterdir()
+        os.utime(left, (1, 1))
+        tier.run("pass")
+    assert eventually(tier.is_empty)
+
+
+def test_words_reach_the_command(parent: Path) -> None:
+    script = "trap 'echo int; exit 5' INT; echo up >&2; while :; do sleep 0.05; done"
+    read, write = os.pipe()
+    with open(read, "rb") as words:
+        with Sandbox(_policy(), Command(["sh", "-c", script], stdout=write, stderr=write)) as sandbox:
+            os.close(write)
+            assert words.readline() == b"up\n"
+            sandbox.send("interrupt")
+            assert sandbox.wait(20).exit_code == 5
+        assert words.read() == b"int\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "real"),
+    [
+        ("/tmp", "/p/tmp"),
+        ("/tmp/x", "/p/tmp/x"),
+        ("/tmpfs", "/tmpfs"),
+        ("/var/tmp", "/var/tmp"),
+        ("--file=/home/student/work/a:/tmp", "--file=/p/home/work/a:/p/tmp"),
+        ('{"ip": "/run/kernel/k"}', '{"ip": "/p/run/k"}'),
+        ("/tmp/env/bin/python", "/tmp/env/bin/python"),
+        ("/tmp/environment", "/p/tmp/environment"),
+        ("/home/students/x", "/home/students/x"),
+    ],
+)
+def test_places_are_translated_and_visible_paths_are_not(text: str, real: str) -> None:
+    plan = {
+        "argv": [text], "environment": {"X": text}, "cwd": "/", "work": "/home/student/work", "share_at": "/run/kernel",
+        "room_files": {}, "limits": {}, "tier_visible": ["/tmp/env", "/usr"],
+    }  # fmt: skip
+    translated = confined._translate(plan, "/p")
+    assert translated["argv"] == [real]
+    assert translated["environment"] == {"X": real}
+
+
+@pytest.mark.parametrize("person", ["root", "user"], indirect=True)
+def test_a_notebook_runs_as_usual(tier: Tier) -> None:
+    (end,) = tier.notebooks(
+        ["x = 6 * 7", "x", "open('/etc/shadow')", "import time; time.sleep(60)", "x + 1", "import os; os._exit(3)", "x"], timeout=3,
+    )  # fmt: skip
+    assert end["error"] is None, end
+    outputs = end["outputs"]
+    assert "42" in str(outputs[1])
+    assert "PermissionError" in str(outputs[2])
+    assert "CellTimeoutError" in str(outputs[3])
+    assert "43" in str(outputs[4])
+    assert "KernelDiedError" in str(outputs[5])
+    assert end["report"]["tier"] == "landlock"
+    assert eventually(tier.is_empty)
+
+
+def test_stale_directories_of_the_living_stay(parent: Path) -> None:
+    limits = dataclasses.asdict(Limits())
+    mine = confined.PrivateDirectory.make(str(parent), None, limits)
+    stale = parent / "isolate-999999999-5-abc"
+    stale.mkdir()
+    for path in (mine.path, stale):
+        os.utime(path, (1, 1))
+    again = confined.PrivateDirectory.make(str(parent), None, limits)
+    assert sorted(map(str, parent.iterdir())) == sorted([mine.path, again.path])
+    assert time.time() - os.stat(again.path).st_mtime < 60
+    mine.remove()
+    again.remove()
+    again.remove()
