@@ -19,12 +19,11 @@ import select
 import signal
 import socket
 import struct
-import tarfile
 import termios
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
 
-from isolate import landlock, syscalls
+from isolate import landlock, syscalls, workdir
 
 Plan = dict[str, Any]
 
@@ -154,7 +153,7 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
         shared = _share_sockets(plan) if plan["share_at"] else None
         shared = _open_terminal() if plan["terminal"] else shared
         with step("network namespace", "bring up the room's own loopback"):
-            _bring_up_loopback()
+            bring_up_loopback()
         socket.sethostname("sandbox")
         keep = open_keep(plan)
         set_up_files(plan)
@@ -176,7 +175,7 @@ def finish(plan: Plan, box: socket.socket, keep: IO[bytes] | None, status: int) 
     """Pack what the command left, if anybody wants it, and say how it ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if keep is not None:
-        _pack_or_nothing(keep, plan["work"], plan["keep_bytes"], plan["keep_files"])
+        workdir.pack_or_nothing(keep, plan["work"], plan["keep_bytes"], plan["keep_files"])
     send_event(
         box,
         "exited",
@@ -215,7 +214,7 @@ def set_up_files(plan: Plan) -> None:
     """Unpack what was given for the work directory, and write the small files of the plan."""
     if plan["archive_fd"] is not None:
         with step("files", "unpack the files into the room"), open(plan["archive_fd"], "rb") as file:
-            _unpack(file, plan["work"])
+            workdir.unpack(file, plan["work"])
     for path, text in plan["room_files"].items():
         with step("files", f"write {path}"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -293,82 +292,13 @@ def _open_terminal() -> int:
     return master
 
 
-def _bring_up_loopback() -> None:
+def bring_up_loopback() -> None:
     """netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS."""
     get_flags, set_flags, up = 0x8913, 0x8914, 0x1
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         request = struct.pack("16sH14x", b"lo", 0)
         (flags,) = struct.unpack_from("H", fcntl.ioctl(sock, get_flags, request), 16)
         fcntl.ioctl(sock, set_flags, struct.pack("16sH14x", b"lo", flags | up))
-
-
-def _unpack(file: IO[bytes], directory: str) -> None:
-    """Regular files and directories of a tar archive that the supervisor or an earlier room packed."""
-    if not file.seek(0, os.SEEK_END):
-        return  # nothing could be kept
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            parts = member.name.split("/")
-            if member.name.startswith("/") or ".." in parts:
-                raise OSError(22, f"a file name that leads out: {member.name!r}")
-            path = os.path.join(directory, member.name)
-            if member.isdir():
-                os.makedirs(path, exist_ok=True)
-            elif member.isreg():
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                content = archive.extractfile(member)
-                assert content is not None
-                mode = 0o755 if member.mode & 0o100 else 0o644
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-                with open(descriptor, "wb") as target:
-                    while block := content.read(1 << 20):
-                        target.write(block)
-
-
-def _pack_or_nothing(file: IO[bytes], directory: str, max_bytes: int, max_files: int) -> None:
-    """What the code left may be made to break a packer (ten thousand nested directories): then nothing is kept."""
-    with file:
-        try:
-            _pack(file, directory, max_bytes, max_files)
-        except (OSError, ValueError, RecursionError, MemoryError, tarfile.TarError):
-            file.seek(0)
-            file.truncate()
-
-
-def _pack(file: IO[bytes], directory: str, max_bytes: int, max_files: int) -> None:
-    """The work directory as the code left it: regular files and directories, names and contents, no more.
-
-    Links and special files are left out, and so is what goes over the bounds (sparse files count whole).
-    """
-    room_left, names_left = max_bytes, max_files
-    with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
-        for where, directories, names in os.walk(directory):
-            for name in [*directories]:
-                with contextlib.suppress(OSError):
-                    os.chmod(os.path.join(where, name), 0o755, follow_symlinks=True)
-            for name in sorted([*directories, *names]):
-                path = os.path.join(where, name)
-                info = tarfile.TarInfo(os.path.relpath(path, directory))
-                names_left -= 1
-                if names_left < 0:
-                    return
-                try:
-                    if os.path.isdir(path) and not os.path.islink(path):
-                        info.type, info.mode = tarfile.DIRTYPE, 0o755
-                        archive.addfile(info)
-                    elif os.path.isfile(path) and not os.path.islink(path):
-                        os.chmod(path, 0o755 if os.stat(path).st_mode & 0o100 else 0o644)
-                        info.size = os.path.getsize(path)
-                        info.mode = os.stat(path).st_mode & 0o777
-                        taken = -(-info.size // 4096) * 4096
-                        if taken > room_left:
-                            continue
-                        room_left -= taken
-                        with open(path, "rb") as content:
-                            archive.addfile(info, content)
-                except UnicodeEncodeError:
-                    continue  # a name that no archive can carry
 
 
 def close_walls(filters: list[str]) -> None:
@@ -393,7 +323,7 @@ def load_filters(filters: list[str]) -> None:
         syscalls.load_seccomp_filter(base64.b64decode(program))
 
 
-def _limit_resources(limits: dict[str, Any]) -> None:
+def limit_resources(limits: dict[str, Any]) -> None:
     """setrlimit(2) for the command and all it starts; the init of the room stays free to pack and report."""
     bounds = {
         resource.RLIMIT_NPROC: limits["processes"],
@@ -434,7 +364,7 @@ def start(plan: Plan, box: socket.socket, close_last_walls: Callable[[], None]) 
         if plan["terminal"]:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         with report_failures(box):
-            _limit_resources(plan["limits"])
+            limit_resources(plan["limits"])
             close_last_walls()
         for number in range(1, signal.NSIG):
             with contextlib.suppress(OSError, ValueError):
