@@ -25,6 +25,7 @@ from typing import Any
 from isolate import base, cgroups, confined, room, syscalls
 from isolate.room import BuildError, send_event, step
 from isolate.sampler import Sampler, children
+from isolate.sockets import SocketMemory
 
 Plan = dict[str, Any]
 
@@ -147,6 +148,7 @@ def _fork_sandbox(
     group: cgroups.Group | None,
     private: confined.PrivateDirectory | None,
     leftovers: Leftovers,
+    diagnostics: socket.socket,
 ) -> tuple[int, bool]:
     """Fork the first process of the sandbox. (its pid, whether it is in the group). Raises `BuildError`."""
     trees = base.open_trees(plan) if plan["uid"] is not None and private is None else None
@@ -156,10 +158,11 @@ def _fork_sandbox(
     if pid == 0:
         os.close(answer)
         plan["counted"] = "limits in total: sampled"
+        plan["diagnostics_fd"] = diagnostics.fileno()
         if group is not None:
             with contextlib.suppress(OSError):  # the group that we come from may be another user's
                 group.enter()
-                plan["counted"] = group.layer
+                plan["counted"], plan["diagnostics_fd"] = group.layer, None
                 os.write(answer_end, b"x")
         os.close(answer_end)
         if private is not None:  # this one keeps the lifeline: as long as it lives, the directory is needed
@@ -190,10 +193,17 @@ def _run(plan: Plan, box: socket.socket) -> dict[str, Any]:
     private = _make_private(plan)
     group = cgroups.create(plan["limits"])
     leftovers = Leftovers([thing for thing in (group, private) if thing is not None])
+    diagnostics, diagnostics_end = socket.socketpair()
     try:
-        pid, counted = _fork_sandbox(plan, box, group, private, leftovers)
-        # launcher -> outer -> base init -> room's outer -> room init -> what we count; launcher -> keeper -> ...
-        counter = group if group and counted else Sampler(pid, plan["limits"], helpers_below=0 if private else 3)
+        with diagnostics_end:
+            pid, counted = _fork_sandbox(plan, box, group, private, leftovers, diagnostics_end)
+        counter: cgroups.Group | Sampler
+        if group and counted:
+            counter = group
+        elif private:  # launcher -> keeper -> what we count; the sockets of the whole host are no help
+            counter = Sampler(pid, plan["limits"], helpers_below=0, sockets=None)
+        else:  # launcher -> outer -> base's init -> room's outer -> room's init -> what we count
+            counter = Sampler(pid, plan["limits"], helpers_below=3, sockets=SocketMemory(diagnostics))
         watch = Watch(counter, private, plan["limits"], started)
         limit = _watch(pid, box, watch)
         _kill_children(leftovers.guard)

@@ -34,6 +34,7 @@ LANDLOCK_GAPS = (
     "work directory, HOME and /tmp lie on a disk of the host; their size is looked at twice a second, not enforced",
     "processes are found by descent, not by a namespace: killing launcher and keeper at once leaves them running",
     "grading as an ordinary user: the number of processes is counted together with all others of that user",
+    "without cgroups: memory in the buffers of sockets is not counted",
     "files that can be read can be locked (flock) by one job and seen locked by another",
 )
 """What the landlock tier does not stop, and the namespaces tier does. In every report of that tier."""

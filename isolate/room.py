@@ -8,6 +8,8 @@ Standard library only, for any Python from 3.9: a template process of a course's
 room too. Nothing here returns to its caller: each function that forks ends its process.
 """
 
+from __future__ import annotations
+
 import array
 import base64
 import contextlib
@@ -23,7 +25,7 @@ import termios
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
 
-from isolate import landlock, syscalls, workdir
+from isolate import landlock, sockets, syscalls, workdir
 
 Plan = dict[str, Any]
 
@@ -154,6 +156,7 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
         shared = _open_terminal() if plan["terminal"] else shared
         with step("network namespace", "bring up the room's own loopback"):
             bring_up_loopback()
+        _hand_out_diagnostics(plan["diagnostics_fd"])
         socket.sethostname("sandbox")
         keep = open_keep(plan)
         set_up_files(plan)
@@ -290,6 +293,13 @@ def _open_terminal() -> int:
             os.dup2(slave, descriptor)
         os.close(slave)
     return master
+
+
+def _hand_out_diagnostics(descriptor: int | None) -> None:
+    """Where the launcher samples, it asks the kernel through a socket of ours how much our sockets hold."""
+    if descriptor is not None:
+        with socket.socket(fileno=descriptor) as channel, contextlib.suppress(OSError):
+            sockets.send_diagnostic(channel)
 
 
 def bring_up_loopback() -> None:

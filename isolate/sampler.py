@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from isolate.cgroups import Usage
+from isolate.sockets import SocketMemory
 
 _MAPS_SECONDS = 1.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -19,12 +20,13 @@ class Sampler:
 
     Memory is what is resident, swapped out or a page table, and shared anonymous mappings at their full size
     (they keep pages that no process has mapped in); files are bounded by their own limit. When that sum passes
-    the limit, the proportional one (pages that processes share count once) decides. Buffers of sockets and
-    pipes are not seen. proc(5): status, smaps_rollup, maps, stat, children.
+    the limit, the proportional one (pages that processes share count once) decides. Buffers of pipes are not seen;
+    the kernel bounds them for each user. proc(5): status, smaps_rollup, maps, stat, children; pipe(7).
     """
 
-    def __init__(self, pid: int, limits: dict[str, Any], helpers_below: int) -> None:
+    def __init__(self, pid: int, limits: dict[str, Any], helpers_below: int, sockets: SocketMemory | None) -> None:
         self._pid, self._limits, self._helpers_below = pid, limits, helpers_below
+        self._sockets = sockets
         self._seen: dict[int, float] = {}
         self._ended_cpu_seconds = 0.0
         self._mapped: dict[int, tuple[int, float, dict[bytes, int]]] = {}
@@ -49,6 +51,8 @@ class Sampler:
         self._mapped = {pid: value for pid, value in self._mapped.items() if pid in status}
         apart = sum(shared.values()) + sum(v.get(b"VmPTE", 0) + v.get(b"VmSwap", 0) for v in status.values())
         resident = sum(values.get(b"RssAnon", 0) + values.get(b"RssFile", 0) for values in status.values())
+        if self._sockets is not None:
+            apart += self._sockets.bytes()
         if apart + resident > self._limits["memory_bytes"]:
             resident = sum(_proportional(pid, status[pid]) for pid in pids)
         return apart + resident
