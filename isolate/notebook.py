@@ -83,11 +83,14 @@ class ExecutionReport:
     memory_peak_bytes: int
     tier: str
     layers: tuple[str, ...]
+    gaps: tuple[str, ...]
+    """What this tier does not stop."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {
             "limits": list(self.limits),
             "layers": list(self.layers),
+            "gaps": list(self.gaps),
             "cells": {str(index): str(ended) for index, ended in self.cells.items()},
         }
 
@@ -161,11 +164,13 @@ class _Job:
     def finish(self, outcome: Outcome) -> Execution:
         """The executed notebook and its report. Raises `SandboxError` for a document that cannot be used."""
         kernel, limits = outcome.kernel, list[str]()
-        if outcome.document is None:
-            result: dict[str, Any] = {"cells": {}}
-            limits.append("output")
-        else:
+        result: dict[str, Any] = {"cells": {}}
+        try:
+            if outcome.document is None:
+                raise outputs.TooMuchError("bytes")
             result = outputs.parse_document(outcome.document)
+        except outputs.TooMuchError:
+            limits.append("output")
         if kernel.limit:
             limits.append(kernel.limit)
         notebook, cells, cause = self._merge(result, kernel, limits)
@@ -184,6 +189,7 @@ class _Job:
             memory_peak_bytes=kernel.memory_peak_bytes,
             tier=kernel.tier,
             layers=kernel.layers,
+            gaps=kernel.gaps,
         )
         return Execution(notebook, report)
 
@@ -224,12 +230,15 @@ class _Job:
                 cell.outputs += _explain_cell(ended, cause, self.settings, self._timeout(index), cell.outputs)
         if result.get("language_info"):
             notebook.metadata["language_info"] = result["language_info"]
-        if result.get("widgets"):
+        if outputs.is_widget_state(result.get("widgets")):
             notebook.metadata["widgets"] = result["widgets"]
         try:
             # Only what is new: how valid the rest is was the caller's to judge.
-            executed = [new_code_cell(outputs=notebook.cells[index].outputs) for index in cells]
-            nbformat.validate(new_notebook(cells=executed))
+            new = new_notebook()
+            for index in cells:
+                new.cells.append(new_code_cell())
+                new.cells[-1].outputs = notebook.cells[index].outputs
+            nbformat.validate(new)
         except (nbformat.ValidationError, RecursionError) as error:
             raise SandboxError("driver", f"its document makes an invalid notebook: {str(error)[:200]}") from error
         return notebook, cells, cause
