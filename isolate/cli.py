@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from isolate import doctor, shell
 from isolate.environment import environment_policy
-from isolate.policy import WORK, Bind, Limits, Policy, Report, SandboxError, parse_size, system_policy
+from isolate.kernels import INTERACTIVE, kernel_policy
+from isolate.policy import TIERS, WORK, Bind, Limits, Policy, Report, SandboxError, parse_size, system_policy
 from isolate.sandbox import Command, Sandbox
 
 WALL_LIMIT, NOT_BUILT = 124, 125
@@ -30,6 +32,17 @@ examples:
   isolate run -- python3 -c 'print(open("/etc/shadow").read())'
   isolate run --memory 500M --wall 10 --ro ~/course/data -- python3 ~/course/data/check.py
   isolate run --rw ./out:/out -- sh -c 'date > /out/when'
+"""
+
+_KERNEL_EPILOG = """\
+A kernelspec whose argv called a wrapper calls this instead:
+
+  "argv": ["isolate", "kernel", "-f", "{connection_file}", "--", "python", "-m", "ipykernel_launcher",
+           "-f", "{connection_file}"]
+
+The kernel has no network: what the client sends to the ports in FILE is copied to the kernel's unix sockets, and
+back. Where CMD names FILE, or {connection_file}, it is given a file of its own. SIGINT interrupts the kernel, SIGTERM
+asks it to end. Clients that know kernel provisioners need none of this: see docs/kernels.md.
 """
 
 
@@ -98,18 +111,50 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_policy_options(one)
+    _add_policy_options(one, Limits())
     one.add_argument(
         "--report", metavar="FILE", type=Path, help="write a JSON report: how it ended, time, memory, layers"
     )
     one.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD")
     one.set_defaults(handler=run)
+    _add_kernel(commands)
+    _add_shell(commands)
+    check = commands.add_parser(
+        "doctor",
+        help="try every layer of a sandbox on this host, and say what is missing, why, and what to do",
+        epilog="exit code: 0 if the full sandbox can be built here by this user, 1 if not",
+    )
+    check.add_argument("--json", action="store_true", help="write JSON for programs")
+    check.set_defaults(handler=doctor.run)
     return parser
 
 
-def _add_policy_options(parser: argparse.ArgumentParser) -> None:
+def _add_kernel(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    two = commands.add_parser(
+        "kernel",
+        help="run a Jupyter kernel in a sandbox, for kernelspecs that call a wrapper",
+        usage="isolate kernel -f FILE [options] -- CMD...",
+        epilog=_KERNEL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    two.add_argument(
+        "-f", dest="connection_file", metavar="FILE", type=Path, required=True, help="the client's connection file"
+    )
+    _add_policy_options(two, INTERACTIVE)
+    two.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD")
+    two.set_defaults(handler=kernel)
+
+
+def _add_shell(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    three = commands.add_parser(
+        "shell", help="a shell in a sandbox, for looking around", usage="isolate shell [options]"
+    )
+    _add_policy_options(three, INTERACTIVE)
+    three.set_defaults(handler=look_around)
+
+
+def _add_policy_options(parser: argparse.ArgumentParser, defaults: Limits) -> None:
     """What every subcommand that makes a sandbox takes; read by `_policy`."""
-    defaults = Limits()
     add = parser.add_argument
     add("--ro", metavar="PATH", action="append", default=[], type=read_only_path, help="show PATH, read-only")
     add(
@@ -131,28 +176,43 @@ def _add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--cwd", metavar="DIR", default=WORK, help="start in this directory of the sandbox (%(default)s)")
     add("--memory", metavar="SIZE", type=size, default=defaults.memory_bytes, help="of all processes together (2G)")
-    add("--cpu", metavar="SECONDS", type=seconds, default=defaults.cpu_seconds, help="processor time (3600)")
-    add("--wall", metavar="SECONDS", type=seconds, default=defaults.wall_seconds, help="time (3600)")
+    add("--cpu", metavar="SECONDS", type=seconds, default=defaults.cpu_seconds, help="processor time (%(default)g)")
+    add("--wall", metavar="SECONDS", type=seconds, default=defaults.wall_seconds, help="time (%(default)g)")
     add("--processes", metavar="N", type=count, default=defaults.processes, help="and threads (128)")
     add("--files", metavar="SIZE", type=size, default=defaults.files_bytes, help="of all files that it writes (256M)")
+    add(
+        "--tier",
+        choices=TIERS,
+        default=TIERS[0],
+        help="landlock: a weaker wall for hosts without namespaces; `isolate doctor` says what it does not stop",
+    )
 
 
-def _policy(options: argparse.Namespace, program_name: str) -> Policy:
-    """The system, the environment of this program if it is named by path, and what the options add."""
-    limits = Limits(
+def _limits(options: argparse.Namespace) -> Limits:
+    return Limits(
         wall_seconds=options.wall,
         cpu_seconds=options.cpu,
         memory_bytes=options.memory,
         processes=options.processes,
         files_bytes=options.files,
     )
+
+
+def _policy(options: argparse.Namespace, program_name: str) -> Policy:
+    """The system, the environment of this program if it is named by path, and what the options add."""
+    limits = _limits(options)
     program = shutil.which(program_name) if os.path.isabs(program_name) else None
     base = environment_policy([Path(program)], limits=limits) if program else system_policy(limits=limits)
+    return _with_options(base, options)
+
+
+def _with_options(base: Policy, options: argparse.Namespace) -> Policy:
     return dataclasses.replace(
         base,
         read_only=(*base.read_only, *options.ro),
         writable=tuple(options.rw),
         environment={**base.environment, **dict(options.env)},
+        tier=options.tier,
     )
 
 
@@ -191,6 +251,29 @@ def run(options: argparse.Namespace) -> int:
         if report_file:
             report_file.write(report.to_json() + "\n")
     if report.ended in {"limit", "signal"}:
+        print(f"isolate: {report.message}", file=sys.stderr)
+    return exit_code(report)
+
+
+def kernel(options: argparse.Namespace) -> int:
+    """`isolate kernel`."""
+    from isolate import relay  # and with it asyncio
+
+    def policy_for(executable: Path) -> Policy:
+        return _with_options(kernel_policy(executable, _limits(options)), options)
+
+    ending = relay.run(options.connection_file, options.cmd, policy_for, options.cwd)
+    if ending.problem:
+        print(f"isolate: the kernel: {ending.problem}", file=sys.stderr)
+    return exit_code(ending.report) if ending.report else NOT_BUILT
+
+
+def look_around(options: argparse.Namespace) -> int:
+    """`isolate shell`."""
+    base = system_policy(shell.variables(), _limits(options))
+    print(shell.banner(options.ro, options.rw, options.files), file=sys.stderr, flush=True)
+    report = shell.run(_with_options(base, options), options.cwd)
+    if report.ended == "limit":
         print(f"isolate: {report.message}", file=sys.stderr)
     return exit_code(report)
 
