@@ -10,12 +10,11 @@ the kernel, "Delegation" in systemd's CGROUP_DELEGATION.md.
 """
 
 import contextlib
-import dataclasses
 import os
 import re
 import signal
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 _HELPERS = 8
 """Processes of ours in the group: two outers, two inits, and a few under way."""
@@ -30,8 +29,7 @@ _V1_NEEDED = frozenset({"memory", "cpuacct"})
 _V2_NEEDED = frozenset({"memory", "pids"})
 
 
-@dataclasses.dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """What a sandbox uses now, and the limit that it has reached, if any."""
 
     memory_bytes: int
@@ -39,8 +37,7 @@ class Usage:
     limit: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Hierarchy:
+class Hierarchy(NamedTuple):
     """A mounted hierarchy of control groups and our place in it. proc_pid_cgroup(5), proc_pid_mountinfo(5)."""
 
     version: int

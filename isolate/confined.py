@@ -26,7 +26,6 @@ import resource
 import signal
 import socket
 import stat
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -65,7 +64,8 @@ class PrivateDirectory:
                     and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_SECONDS
                 ):
                     cls(entry.path, limits).remove()
-        path = tempfile.mkdtemp(prefix=f"isolate-{os.getpid()}-{start_time(os.getpid())}-", dir=parent)
+        path = f"{parent}/isolate-{os.getpid()}-{start_time(os.getpid())}-{os.urandom(8).hex()}"
+        os.mkdir(path, 0o700)
         for name in ("home", "home/work", "tmp", "run"):
             os.mkdir(f"{path}/{name}", 0o700)
         if uid is not None:
@@ -213,7 +213,7 @@ def _translate(plan: Plan, private: str) -> Plan:
 
 def _rules(plan: Plan, private: str) -> list[landlock.Rule]:
     rules: list[landlock.Rule] = [(f"/dev/{name}", "device") for name in room.DEVICES]
-    rules += [(f"{private}/{name}", "write") for name in ("home", "tmp", "run")]
+    rules += [(f"{private}/home", "write"), (f"{private}/tmp", "write"), (f"{private}/run", "sockets")]
     for path in plan["tier_read_only"]:
         _check_readable(path)
         with step("landlock", f"look into {path}"):

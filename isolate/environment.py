@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from isolate.policy import HOME, TIERS, Bind, Limits, Policy, SandboxError, system_policy
@@ -220,3 +221,31 @@ def find_executable(name: str, prefix: Path | None = None) -> Path:
     if candidate is None or not os.path.exists(candidate):
         raise SandboxError("environment", f"the program {name!r} does not exist", "check the kernelspec's argv")
     return Path(candidate)
+
+
+_PYTHON_FLAGS = "[bBdEiIOPqRsSuvVx]"
+_PYTHON_OPTION = re.compile(rf"-{_PYTHON_FLAGS}+|-{_PYTHON_FLAGS}*[XW].*|--check-hash-based-pycs")
+_PYTHON_MODULE = re.compile(rf"-({_PYTHON_FLAGS}*)m(.*)")
+"""python(1), "Command line": flags may be written together, and a value right behind its option."""
+
+
+def without_working_directory(argv: Sequence[str]) -> list[str]:
+    """`python [options] -m ipykernel_launcher ...` such that the kernel is never imported from the work directory.
+
+    `-m` looks there first, so that a student's ipykernel_launcher.py would be the kernel and its own examiner.
+    IPython puts the directory back for the notebook. (Python's `-P` does this from 3.11 on only.)
+    """
+    if not argv or not os.path.basename(argv[0]).startswith("python"):
+        return list(argv)
+    at = 1
+    while at < len(argv) and _PYTHON_OPTION.fullmatch(argv[at]):
+        at += 2 if argv[at][-1] in "XW" or argv[at].startswith("--") else 1
+    found = _PYTHON_MODULE.fullmatch(argv[at]) if at < len(argv) else None
+    if found is None or not (found[2] or at + 1 < len(argv)):
+        return list(argv)
+    module, rest = (found[2], at + 1) if found[2] else (argv[at + 1], at + 2)
+    start = (
+        "import sys; sys.path[:] = [entry for entry in sys.path if entry]; import runpy; "
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [*argv[:at], *([f"-{found[1]}"] if found[1] else []), "-c", start, *argv[rest:]]

@@ -37,12 +37,14 @@ _OF_FILES = _EXECUTE | _READ_FILE | _WRITE_FILE | _TRUNCATE | _IOCTL_DEV
 _KINDS = {
     "read": _READ,
     "write": _READ | _CHANGE,
+    "sockets": _READ_FILE | _READ_DIR | _WRITE_FILE | _REMOVE_FILE | _MAKE_SOCK,
     "device": _READ_FILE | _WRITE_FILE | _TRUNCATE,
     "terminal": _READ_FILE | _READ_DIR | _WRITE_FILE | _IOCTL_DEV,
 }
 
 Rule = tuple[str, str]
-"""(path, kind): `read` (and execute), `write` (everything but making devices), `device`, `terminal`."""
+"""(path, kind): `read` (and execute), `write` (all but making devices), `sockets` (no links: somebody outside follows
+what lies there), `device`, `terminal`."""
 
 
 def abi() -> int:

@@ -190,11 +190,12 @@ def finish(plan: Plan, box: socket.socket, keep: IO[bytes] | None, status: int) 
 
 def _landlock_rules(plan: Plan) -> list[landlock.Rule]:
     """All is to be read; written is what is the room's own, or shown writable. Nothing below /proc is written."""
-    writable = ["/tmp", "/home/student", "/dev/shm", *([plan["share_at"]] if plan["share_at"] else [])]
+    writable = ["/tmp", "/home/student", "/dev/shm"]
     writable += [entry["target"] for entry in plan["mounts"] if entry["kind"] == "writable"]
     devices = [f"/dev/{name}" for name in DEVICES]
     return [
         ("/", "read"),
+        *([(plan["share_at"], "sockets")] if plan["share_at"] else []),
         *((path, "write") for path in writable),
         *((path, "device") for path in devices),
         ("/dev/pts", "terminal"),

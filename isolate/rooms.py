@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from isolate import driver, uids
-from isolate.environment import grader_paths, grader_policy
+from isolate.environment import grader_paths, grader_policy, without_working_directory
 from isolate.policy import MIB, Limits, Policy, Report, SandboxError
 from isolate.sandbox import Command, Sandbox
 
@@ -230,8 +230,8 @@ class TwoRooms:
             self._progress(index, "started" if state == driver.STARTED else "finished")
 
     def _raise_not_started(self, kernel_report: Report, driver_report: Report) -> None:
-        said = self._kernel_said.decode("utf-8", "replace").strip().splitlines()
-        last = f"; it said: {said[-1][:300]}" if said else ""
+        said = _last_words(self._kernel_said)
+        last = f"; it said: {said}" if said else ""
         if kernel_report.ended == "killed":
             if driver_report.ended in {"signal", "limit"} or driver_report.exit_code:
                 raise SandboxError("driver", driver_report.message or self._driver_words())
@@ -241,23 +241,13 @@ class TwoRooms:
         raise SandboxError("kernel", f"it did not start: {cause}{last}", "check the environment and its ipykernel")
 
     def _driver_words(self) -> str:
-        said = self._driver_said.decode("utf-8", "replace").strip().splitlines()
-        return said[-1][:300] if said else "it ended without a document"
+        return _last_words(self._driver_said) or "it ended without a document"
 
 
-def without_working_directory(argv: Sequence[str]) -> list[str]:
-    """`python -m ipykernel_launcher ...` such that the kernel is never imported from the work directory.
-
-    `-m` looks there first, so that a student's ipykernel_launcher.py would be the kernel and its own examiner.
-    IPython puts the directory back for the notebook. (Python's `-P` does this from 3.11 on only.)
-    """
-    if len(argv) < 3 or argv[1] != "-m" or not os.path.basename(argv[0]).startswith("python"):
-        return list(argv)
-    start = (
-        "import sys; sys.path[:] = [entry for entry in sys.path if entry]; import runpy; "
-        f"runpy.run_module({argv[2]!r}, run_name='__main__', alter_sys=True)"
-    )
-    return [argv[0], "-c", start, *argv[3:]]
+def _last_words(said: bytes | bytearray) -> str:
+    """The last line of what a room wrote to its standard error, fit for a log: no control characters."""
+    lines = said.decode("utf-8", "replace").strip().splitlines()
+    return "".join(one if one.isprintable() else "?" for one in lines[-1][:300]) if lines else ""
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:

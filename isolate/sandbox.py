@@ -195,14 +195,16 @@ def _tier_plan(policy: Policy, command: Command, uid: int | None) -> dict[str, A
         "tier_writable": [os.path.realpath(bind.source) for bind in policy.writable],
         "tier_hidden": [os.path.realpath(path) for path in policy.hidden],
         "tier_seccomp": [base64.b64encode(extra).decode()],
-        "private_parent": _private_parent(),
+        "private_parent": _private_parent(uid),
     }
 
 
-def _private_parent() -> str:
-    """Where private directories are made: sockets lie below, whose paths may have 107 bytes. unix(7)"""
+def _private_parent(uid: int | None) -> str:
+    """Where private directories are made. Sockets lie below, whose paths may have 107 bytes (unix(7)); and the
+    sandbox's user, if it is not ours, must be able to go there."""
     parent = tempfile.gettempdir()
-    return parent if len(os.fsencode(parent)) <= _LONGEST_PARENT else "/tmp"
+    fits = len(os.fsencode(parent)) <= _LONGEST_PARENT
+    return parent if fits and (uid is None or os.stat(parent).st_mode & stat.S_IXOTH) else "/tmp"
 
 
 class Sandbox:

@@ -396,4 +396,15 @@ def _let_failures_decide(cell: NotebookNode) -> None:
     if len(results) > 1:
         text = "This test cell has several results, so that one of them was displayed by the tested code; no points."
         others.append(error("SeveralResultsError", text))
+    if any(_is_above(output, cell.metadata["nbgrader"].get("points", 0)) for output in results):
+        text = "The result of this test cell is a number above the cell's points, so that it is no partial credit."
+        others.append(error("ResultAboveMaximumError", text))
     cell.outputs = [*others, *results]
+
+
+def _is_above(output: NotebookNode, points: float) -> bool:
+    """Whether nbgrader would give up the whole notebook for this result. nbgrader.utils.get_partial_grade"""
+    try:
+        return float(output.data.get("text/plain", "")) > float(points)
+    except ValueError:
+        return False

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from nbgrader.preprocessors import Execute
 
+from isolate.policy import LANDLOCK_GAPS
 from nbgrader_aalto.execute import IsolatedExecute
 from nbgrader_aalto.intake import IntakeExporter
 
@@ -50,6 +51,12 @@ def test_defaults_in_the_reference_are_the_defaults(trait: str) -> None:
     assert f"`{shown}`" in row.split("|")[2]
 
 
+def test_the_gaps_of_the_landlock_tier_are_in_the_threat_model() -> None:
+    text = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    listed = text.split("<!-- LANDLOCK_GAPS", 1)[1].split("-->\n", 1)[1].split("\n\n", 1)[0]
+    assert tuple(line.removeprefix("- ") for line in listed.strip().splitlines()) == LANDLOCK_GAPS
+
+
 def test_imports_go_downwards() -> None:
     order = ["isolate", "grader_service", "nbgrader_aalto"]
     for rank, package in enumerate(order):
@@ -67,7 +74,7 @@ def test_only_one_module_knows_ctypes() -> None:
 
 
 def test_what_enters_a_room_imports_the_standard_library_alone() -> None:
-    for name in ("syscalls", "room", "base", "launcher"):
+    for name in "syscalls room base launcher confined cgroups sampler sockets landlock workdir".split():
         text = (ROOT / "isolate" / f"{name}.py").read_text(encoding="utf-8")
         imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) - {"isolate"}
         assert imported <= set(sys.stdlib_module_names), name

@@ -18,6 +18,7 @@ from isolate.environment import (
     home_files,
     prefixes_of,
     secrets_below,
+    without_working_directory,
 )
 from isolate.policy import HOME, Limits, SandboxError
 from isolate.sandbox import Command, Sandbox
@@ -302,3 +303,29 @@ def test_the_real_list_makes_a_silent_plot(tmp_path: Path, monkeypatch: pytest.M
             assert sandbox.wait().exit_code == 0
         errors.seek(0)
         assert errors.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("argv", "changed"),
+    [
+        ("python -m k -f x", "python -c START -f x"),
+        ("/e/bin/python3.12 -mk -f x", "/e/bin/python3.12 -c START -f x"),
+        ("python3 -Xfrozen_modules=off -m k", "python3 -Xfrozen_modules=off -c START"),
+        ("python3 -X frozen_modules=off -W ignore -u -m k a", "python3 -X frozen_modules=off -W ignore -u -c START a"),
+        ("python -Bum k", "python -Bu -c START"),
+        ("python -Wignore -bb -OO -m k", "python -Wignore -bb -OO -c START"),
+        ("python --check-hash-based-pycs always -m k", "python --check-hash-based-pycs always -c START"),
+        ("python -c pass -m k", "python -c pass -m k"),
+        ("python script.py -m k", "python script.py -m k"),
+        ("python - -m k", "python - -m k"),
+        ("python -m", "python -m"),
+        ("python", "python"),
+        ("bash -m k", "bash -m k"),
+        ("", ""),
+    ],
+)
+def test_a_kernel_is_never_imported_from_the_work_directory(argv: str, changed: str) -> None:
+    got = without_working_directory(argv.split())
+    start = [word for word in got if word.startswith("import sys; sys.path")]
+    assert [("START" if word in start else word) for word in got] == changed.split()
+    assert all("run_module('k'" in word for word in start)

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 from nbformat import NotebookNode
-from nbformat.v4 import new_raw_cell
+from nbformat.v4 import new_code_cell, new_output, new_raw_cell
+from nbgrader.utils import determine_grade
 from packaging.requirements import Requirement
 
 from e2e.courses import SECRET, Course, Done, answer, check, code, contents, errors, find, notebook, printed
+from nbgrader_aalto import execute
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("execute")]
 
@@ -602,3 +604,12 @@ def test_what_was_written_can_be_kept(pair: Course) -> None:
     # a second time: what was kept is neither a file of the submission nor in the way
     assert pair.click("keeps", "pair", changes={"IsolatedExecute": {"keep_files": True}})["success"]
     assert "p1_written" not in printed(pair.result("keeps", "pair", "p1").cells[0])
+
+
+@pytest.mark.parametrize(("text", "points"), [("1e999", 0), ("inf", 0), ("3", 0), ("2.0", 2), ("1", 1), ("'fine'", 2)])
+def test_a_result_above_the_points_of_its_cell_is_an_error_of_that_cell(text: str, points: float) -> None:
+    """nbgrader itself would give up the whole notebook."""
+    cell = new_code_cell("f()", outputs=[new_output("execute_result", {"text/plain": text})])
+    cell.metadata["nbgrader"] = {"grade": True, "solution": False, "points": 2, "grade_id": "a", "schema_version": 3}
+    execute._let_failures_decide(cell)
+    assert determine_grade(cell) == (points, 2)
