@@ -415,3 +415,23 @@ def test_one_greedy_job_leaves_time_for_another(attacker: Attacker) -> None:
     assert outcome.said["sum"] == 499999500000
     assert outcome.report is not None
     assert outcome.report["wall_seconds"] < 40
+
+
+@pytest.mark.threat(50)
+@pytest.mark.parametrize("person", ["root"], indirect=True)
+def test_many_processes_have_the_share_of_one_sandbox(attacker: Attacker) -> None:
+    """Thirty sessions against one process, all pinned to one processor: with control groups each sandbox has half."""
+    pin = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    greedy = attacker.start_code(
+        pin
+        + "for _ in range(30):\n    if os.fork() == 0: os.setsid(); break\nprint('up', flush=True)\nwhile True: pass"
+    )
+    greedy.hear("up")
+    modest = attacker.run(
+        pin + "end = time.monotonic() + 4\nwhile time.monotonic() < end: pass\nsay(used=time.process_time())"
+    )
+    assert modest.report is not None
+    if not any("cgroup" in layer and "cpu" in layer for layer in modest.report["layers"]):
+        pytest.skip("no control group with a share of the processor can be made here")
+    # Other tests run on this processor, too; one of 31 equal shares would be 0.13 s.
+    assert modest.said["used"] > 0.4
