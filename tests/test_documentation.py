@@ -74,7 +74,7 @@ def test_only_one_module_knows_ctypes() -> None:
 
 
 def test_what_enters_a_room_imports_the_standard_library_alone() -> None:
-    for name in "syscalls room base launcher confined cgroups sampler sockets landlock workdir".split():
+    for name in "syscalls room base launcher confined cgroups sampler sockets landlock workdir probes".split():
         text = (ROOT / "isolate" / f"{name}.py").read_text(encoding="utf-8")
         imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) - {"isolate"}
         assert imported <= set(sys.stdlib_module_names), name

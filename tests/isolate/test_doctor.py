@@ -1,18 +1,12 @@
-"""The doctor on this host, and on hosts made worse for real: a filter, masks, a sysctl, no library.
+"""The doctor on this host, and on hosts made worse for real: a filter, masks, a sysctl, a chroot, no library."""
 
-AppArmor's restriction, gVisor, SELinux and old kernels cannot be made here: for those, only the explanation
-is tested, from evidence as such hosts give it (`TestExplanations`).
-"""
-
-import dataclasses
+import contextlib
 import errno
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +14,11 @@ from typing import Any
 import pytest
 
 from attacks.harness import Person, Stage
-from isolate import doctor, landlock, syscalls
-from isolate.doctor import IN_FORCE, MISSING, WEAKER, Evidence, Examination, Finding, diagnose
-from isolate.policy import LANDLOCK_GAPS, Limits
+from isolate import landlock
+from isolate.doctor import IN_FORCE, MISSING, WEAKER, Examination, Finding, as_text, ask_helper
+from isolate.evidence import GUIDE
+from isolate.policy import LANDLOCK_GAPS
+from isolate.probes import PROBES
 
 # What a worse host does before the doctor is executed on it. Arguments: a JSON object with the keys below, then the
 # command. Runs as whoever runs the tests; `uid` says who the command is.
@@ -140,6 +136,9 @@ DOCKER_CAPABILITIES = [
 """What Docker leaves to a container's root by default."""
 NEEDED_CALLS = "unshare mount umount2 pivot_root open_tree move_mount mount_setattr sethostname keyctl".split()
 """What docs/hosts.md adds to a container's profile."""
+DOCKER_PACKAGE = "golang-github-docker-docker-dev"
+DOCKER_PROFILE = Path("usr/share/gocode/src/github.com/docker/docker/profiles/seccomp/default.json")
+"""In that package, below the root."""
 
 Look = Callable[..., tuple[int, dict[str, Any], dict[str, dict[str, str]]]]
 
@@ -171,25 +170,31 @@ def on_worse_host(stage: Stage, person: Person) -> Look:
 
 @pytest.fixture(scope="session")
 def docker_profile(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """Docker's published default seccomp profile, from Debian's package of Docker's sources."""
-    package = "golang-github-docker-docker-dev"
-    inside = "usr/share/gocode/src/github.com/docker/docker/profiles/seccomp/default.json"
-    places = [Path(os.environ.get("DOCKER_SECCOMP_PROFILE", "/nowhere")), Path("/") / inside]
-    if not any(place.exists() for place in places):
-        places.append(_downloaded(package, tmp_path_factory.mktemp("docker")) / inside)
-    for place in places:
-        if place.exists():
-            profile: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-            return profile
-    pytest.skip(f"Docker's profile is not here: install Debian's {package}, or name it in DOCKER_SECCOMP_PROFILE")
+    """Docker's published default seccomp profile.
+
+    Looked for in this order: the file that the variable DOCKER_SECCOMP_PROFILE names; where Debian's package of
+    Docker's sources (`DOCKER_PACKAGE`) puts it, /usr/share/gocode/src/...; that package, as `apt-get download` gets
+    it from the distribution's mirror, unpacked below pytest's temporary directory (nothing is installed). Skips else.
+    """
+    if named := os.environ.get("DOCKER_SECCOMP_PROFILE"):
+        return _read_profile(Path(named))
+    if (installed := Path("/") / DOCKER_PROFILE).exists():
+        return _read_profile(installed)
+    directory = tmp_path_factory.mktemp("docker")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no apt-get, no network
+        quiet: dict[str, Any] = {"check": True, "capture_output": True, "timeout": 60}
+        subprocess.run(["apt-get", "download", DOCKER_PACKAGE], cwd=directory, **quiet)
+        subprocess.run(["dpkg-deb", "-x", next(directory.glob("*.deb")), directory], **quiet)
+        return _read_profile(directory / DOCKER_PROFILE)
+    pytest.skip(
+        f"Docker's profile is not here. To get it: apt-get install {DOCKER_PACKAGE}; or download seccomp/default.json "
+        "of github.com/moby/profiles and name the file in DOCKER_SECCOMP_PROFILE"
+    )
 
 
-def _downloaded(package: str, directory: Path) -> Path:
-    if shutil.which("apt-get") and shutil.which("dpkg-deb"):
-        subprocess.run(["apt-get", "download", package], cwd=directory, check=False, capture_output=True, timeout=60)
-        for archive in directory.glob("*.deb"):
-            subprocess.run(["dpkg-deb", "-x", archive, directory], check=False, capture_output=True)
-    return directory
+def _read_profile(path: Path) -> Mapping[str, Any]:
+    profile: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return profile
 
 
 def allow_all_but(*names: str, number: int = errno.EPERM) -> dict[str, Any]:
@@ -348,199 +353,31 @@ class TestLibrary:
         assert layers["the whole sandbox"]["state"] == MISSING
 
 
-class TestProbes:
-    def test_one_that_hangs_is_ended(self) -> None:
-        def hang() -> str:
-            time.sleep(60)
-            return "never"
+class TestHelper:
+    def test_one_that_cannot_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        asked = list(ask_helper({}))
+        assert [probe for probe, _ in asked] == list(PROBES)
+        assert {answer["refused"] for _, answer in asked} == {"the helper ended without a word"}
 
-        before = time.monotonic()
-        assert doctor._forked(hang, 0.2) == {"refused": "it took longer than 0.2 s", "errno": 0}
-        assert time.monotonic() - before < 10
-
-    def test_one_that_dies(self) -> None:
-        def die() -> str:
-            os.kill(os.getpid(), 9)
-            return "never"
-
-        assert "without a word" in doctor._forked(die)["refused"]
-
-    def test_the_error_of_a_child_of_a_child(self) -> None:
-        def inner() -> str:
-            raise OSError(errno.EROFS, "read-only")
-
-        answer = doctor._forked(lambda: doctor._unwrap(doctor._forked(inner)))
-        assert answer == {"refused": "read-only", "errno": errno.EROFS}
-
-    def test_what_is_not_refused_is_told(self) -> None:
-        with pytest.raises(doctor.Wrong, match="was possible"):
-            doctor._expect(errno.EPERM, lambda: None, "it was possible")
-        with pytest.raises(doctor.Wrong, match="No such file"):
-            doctor._expect(errno.EPERM, lambda: os.stat("/nowhere/at/all"), "it was possible")
-
-    def test_a_view_that_is_not_locked_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In the namespace that made the mounts, the same remount succeeds: the probe can tell the difference."""
-        plan = {"uid": 1_879_048_200 if os.geteuid() == 0 else None}
-
-        def without_the_second_namespace() -> str:
-            unshare = syscalls.unshare
-            calls = iter([unshare, lambda flags: None])
-            monkeypatch.setattr(syscalls, "unshare", lambda flags: next(calls)(flags))
-            monkeypatch.setattr(doctor.room, "write_id_maps", _write_once(doctor.room.write_id_maps))
-            return doctor._locked_mounts(plan)
-
-        answer = doctor._forked(without_the_second_namespace)
-        assert answer["refused"] == "the read-only view could be made writable again", answer
-
-    def test_a_helper_that_cannot_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor.sys, "executable", "/bin/false")
-        answers = list(doctor._ask_helper({}))
-        assert [answer["layer"] for answer in answers] == [probe.layer for probe in doctor._PROBES]
-        assert {answer["refused"] for answer in answers} == {"the helper ended without a word"}
-
-    def test_the_control_group_is_removed(self) -> None:
-        plan = {"limits": dataclasses.asdict(Limits())}
-        answer = doctor._answer(lambda: doctor._limits_in_total(plan))
-        assert answer.get("detail", "").startswith("cgroup v") or "no control group" in answer["refused"]
-        assert not list(Path("/sys/fs/cgroup").glob(f"**/isolate-{os.getpid()}-*"))
-
-    def test_every_need_is_a_layer_before(self) -> None:
-        known = {"", "libseccomp"}
-        for probe in doctor._PROBES:
-            assert probe.needs in known
-            known.add(probe.layer)
-
-
-def _write_once(write: Callable[..., None]) -> Callable[..., None]:
-    written: list[int] = []
-
-    def once(*arguments: Any) -> None:
-        if not written:
-            write(*arguments)
-        written.append(1)
-
-    return once
-
-
-UBUNTU = Evidence(release="6.8.0-45-generic", apparmor_restricts=True, apparmor_profile="unconfined")
-PLAIN = Evidence(release="6.12.0")
-
-
-class TestExplanations:
-    """From evidence as these hosts are known to give it; the hosts themselves cannot be made here."""
-
-    @pytest.mark.parametrize(
-        ("layer", "number", "seen", "cause", "remedy"),
-        [
-            ("id maps", errno.EACCES, UBUNTU, "Ubuntu", "userns,"),
-            ("id maps", errno.EPERM, UBUNTU, "Ubuntu", "userns,"),
-            ("mount namespace", errno.EACCES, UBUNTU, "AppArmor", "userns,"),
-            ("user namespace", errno.EPERM, UBUNTU, "AppArmor", "userns,"),
-            (
-                "mount namespace",
-                errno.EACCES,
-                Evidence(seccomp=True, apparmor_profile="docker-default (enforce)"),
-                "docker-default",
-                "apparmor=",
-            ),
-            ("user namespace", errno.EPERM, Evidence(seccomp=True, container="Docker"), "Docker's", "docker run"),
-            (
-                "user namespace",
-                errno.EPERM,
-                Evidence(seccomp=True, container="Kubernetes"),
-                "Kubernetes's",
-                "hostUsers",
-            ),
-            ("user namespace", errno.EPERM, Evidence(seccomp=True), "service's", "RestrictNamespaces"),
-            ("user namespace", errno.EPERM, Evidence(unprivileged_userns_clone=0), "Debian", "sysctl"),
-            ("user namespace", errno.EPERM, Evidence(chrooted=True), "chroot", "outside"),
-            ("user namespace", errno.EPERM, Evidence(selinux=True), "cannot be told", "ausearch"),
-            ("user namespace", errno.EPERM, PLAIN, "cannot be told", "dmesg"),
-            ("user namespace", errno.ENOSPC, Evidence(max_user_namespaces=0), "is 0", "sysctl -w"),
-            ("user namespace", errno.ENOSPC, Evidence(max_user_namespaces=9), "in use", "sysctl"),
-            ("user namespace", errno.EINVAL, PLAIN, "built without", "stock kernel"),
-            ("read-only view", errno.ENOSYS, Evidence(release="5.10.0-30-amd64"), "older than 5.12", "update"),
-            ("read-only view", errno.ENOSYS, Evidence(release="6.1", seccomp=True), "seccomp profile", "mount calls"),
-            ("read-only view", errno.EPERM, Evidence(root=True), "CAP_SYS_ADMIN", "ordinary user"),
-            ("read-only view", errno.ENOSYS, Evidence(release="4.19.0-gvisor"), "gVisor", "runtimeClassName"),
-            (
-                "locked mounts",
-                0,
-                Evidence(release="4.4.0", version="#1 SMP Sun Jan 10 15:06:54 PST 2016"),
-                "gVisor",
-                "runtimeClassName",
-            ),
-            ("own /proc", 0, Evidence(proc_masks=("/proc/acpi",)), "/proc/acpi", "procMount: Unmasked"),
-            ("own /proc", 0, PLAIN, "cannot be told", "dmesg"),
-            ("unprivileged user", errno.EPERM, Evidence(root=True, mapped_ids=1), "1 ids", "ordinary user"),
-            ("unprivileged user", errno.EPERM, Evidence(root=True), "may not change", "CAP_SETUID"),
-            ("counting processes", errno.ENOENT, PLAIN, "CONFIG_PROC_CHILDREN", "stock kernel"),
-            ("limits in total", 0, PLAIN, "delegated", "Delegate=yes"),
-            ("seccomp", errno.EINVAL, PLAIN, "CONFIG_SECCOMP_FILTER", "stock kernel"),
-            ("pivot_root", errno.ENOSYS, Evidence(machine="riscv64"), "riscv64", "x86_64"),
-        ],
-    )
-    def test_cause_and_remedy(self, layer: str, number: int, seen: Evidence, cause: str, remedy: str) -> None:
-        told = diagnose(layer, number, seen)
-        assert cause in told[0]
-        assert remedy in told[1]
-
-    def test_evidence_of_a_pod_on_ubuntu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        files = {
-            "proc/self/status": "Name:\tpython\nCapEff:\t00000000a80425fb\nNoNewPrivs:\t0\nSeccomp:\t2\n",
-            "proc/self/mountinfo": (
-                "1 0 0:1 / / rw - overlay overlay rw\n2 1 0:2 / /proc rw - proc proc rw\n"
-                "3 2 0:3 / /proc/acpi ro - tmpfs tmpfs ro\n4 2 0:4 /null /proc/kcore rw - tmpfs tmpfs rw\n"
-            ),
-            "proc/self/uid_map": "         0     100000      65536\n",
-            "proc/self/cgroup": "0::/kubepods.slice/pod1/container\n",
-            "proc/self/attr/current": "cri-containerd.apparmor.d (enforce)\n",
-            "proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1\n",
-            "proc/sys/user/max_user_namespaces": "62000\n",
-        }
-        for name, text in files.items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text)
-        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        seen = doctor.gather_evidence(tmp_path)
-        assert seen.container == "Kubernetes"
-        assert seen.seccomp
-        assert not seen.sys_admin
-        assert seen.apparmor_restricts
-        assert seen.apparmor_profile == "cri-containerd.apparmor.d (enforce)"
-        assert seen.proc_masks == ("/proc/acpi", "/proc/kcore")
-        assert seen.mapped_ids == 65_536
-        assert seen.max_user_namespaces == 62_000
-        assert seen.unprivileged_userns_clone is None
-        assert not seen.chrooted
-
-    @pytest.mark.parametrize(
-        ("place", "name"), [(".dockerenv", "Docker"), ("run/.containerenv", "Podman"), ("nothing", "")]
-    )
-    def test_whose_container(self, tmp_path: Path, place: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        (tmp_path / place).parent.mkdir(exist_ok=True)
-        (tmp_path / place).touch()
-        assert doctor.gather_evidence(tmp_path).container == name
-
-    def test_evidence_of_a_host_without_proc(self, tmp_path: Path) -> None:
-        seen = doctor.gather_evidence(tmp_path)
-        assert (seen.seccomp, seen.proc_masks, seen.chrooted) == (False, (), False)
+    def test_one_that_cannot_be_started(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "executable", "/nowhere/at/all")
+        assert all("cannot be started" in answer["refused"] for _, answer in ask_helper({}))
 
 
 class TestGuide:
     """docs/hosts.md, held true."""
 
-    GUIDE = (Path(__file__).parents[2] / doctor._HOSTS).read_text(encoding="utf-8")
+    TEXT = (Path(__file__).parents[2] / GUIDE).read_text(encoding="utf-8")
 
     def test_the_calls_that_it_lets_through_are_those_that_heal(self) -> None:
-        names = self.GUIDE.split('"names": [', 1)[1].split("]", 1)[0]
+        names = self.TEXT.split('"names": [', 1)[1].split("]", 1)[0]
         assert [name.strip().strip('"') for name in names.split(",")] == NEEDED_CALLS
 
     def test_every_layer_that_it_names_is_one(self) -> None:
-        layers = {probe.layer for probe in doctor._PROBES} | {"libseccomp", "the whole sandbox"}
+        layers = {probe.layer for probe in PROBES} | {"libseccomp", "the whole sandbox"}
         named = {"id maps", "user namespace", "own /proc", "new mount calls", "locked mounts", "read-only view"}
-        assert all(f"`{name}`" in self.GUIDE or f"`{name}  " in self.GUIDE for name in named)
+        assert all(f"`{name}`" in self.TEXT or f"`{name}  " in self.TEXT for name in named)
         assert named <= layers
 
 
@@ -554,7 +391,7 @@ class TestText:
             Finding("two", MISSING, "refused", long, "mend it"),
             Finding("three", WEAKER, "so so", "why", "how"),
         )
-        text = doctor.as_text(Examination("Linux 6", "root", findings, Finding("full", MISSING, "no"), self.TIER))
+        text = as_text(Examination("Linux 6", "root", findings, Finding("full", MISSING, "no"), self.TIER))
         lines = text.splitlines()
         assert max(map(len, lines)) <= 100
         row = next(number for number, line in enumerate(lines) if line.startswith("two"))
@@ -571,7 +408,7 @@ class TestText:
         examination = Examination("Linux 6", "root", findings, Finding("full", IN_FORCE, "yes"), self.TIER)
         assert examination.ok
         assert examination.tier == "namespaces"
-        assert "1 of the layers could be better" in doctor.as_text(examination)
+        assert "1 of the layers could be better" in as_text(examination)
 
     def test_a_missing_layer_fails_even_if_a_sandbox_was_built(self) -> None:
         findings = (Finding("locked mounts", MISSING, "no"),)
@@ -583,4 +420,4 @@ class TestText:
         no = Finding("any", MISSING, "no")
         examination = Examination("Linux 6", "root", (), no, no)
         assert examination.tier is None
-        assert "cannot be built here either" in doctor.as_text(examination)
+        assert "cannot be built here either" in as_text(examination)
