@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-upstream lint format bench clean
+.PHONY: help setup demo test test-upstream attacks compare lint format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -37,14 +37,33 @@ test-all: setup
 test-upstream: setup ## nbgrader's own autograde tests against this plugin
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/upstream/run.py
 
+attacks: setup ## every attack of the threat catalogue, as a table
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m threat --threat-table tests/attacks tests/isolate \
+	  tests/nbgrader_aalto
+
+compare: setup ## the same attacks against bwrap and chroot, where installed (as root)
+	@$(BIN)/python tests/attacks/compare.py
+
 lint: setup ## ruff format, ruff check, mypy --strict
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy isolate grader_service nbgrader_aalto
 
 format: setup ## let ruff write the format
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
-bench: setup ## time to grade, beside stock nbgrader, in the same run
+FUZZ_EXAMPLES ?= 50000
+.PHONY: fuzz soak bench-sandbox
+fuzz: setup ## what a driver room can send, for hours; FUZZ_EXAMPLES=50000 of each kind
+	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) tests/isolate/test_fuzz.py
+
+SOAK ?= 2000
+soak: setup ## SOAK=2000 sandboxes ended in every way; what the host has before and after
+	@$(BIN)/python tests/isolate/soak.py --sandboxes $(SOAK)
+
+bench: setup bench-sandbox ## time to grade, beside stock nbgrader, in the same run
 	@$(BIN)/python benchmarks/autograde.py
+
+bench-sandbox: setup ## time and memory of a sandbox, beside bubblewrap and beside none
+	@$(BIN)/python benchmarks/sandbox.py
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

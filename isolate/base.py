@@ -89,6 +89,8 @@ def leave_launcher(plan: Plan, launcher_pid: int, death_signal: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
+    with contextlib.suppress(OSError):  # a host's filter may refuse it, to the command as well
+        syscalls.reset_personality()
     # Under memory pressure the host ends a sandbox first. Written by root, it cannot be lowered. proc(5)
     with contextlib.suppress(OSError):
         room.write_file("/proc/self/oom_score_adj", "800")

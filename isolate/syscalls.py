@@ -189,6 +189,11 @@ def set_dumpable(dumpable: bool) -> None:
     _prctl("PR_SET_DUMPABLE", _PR_SET_DUMPABLE, int(dumpable))
 
 
+def reset_personality() -> None:
+    """The domain and flags of an ordinary program, such as random addresses, from the next execve on. personality(2)"""
+    _check(_libc.personality(ctypes.c_ulong(0)), "personality")
+
+
 def set_child_subreaper() -> None:
     """Orphans below this process become its children. prctl(2), PR_SET_CHILD_SUBREAPER."""
     _prctl("PR_SET_CHILD_SUBREAPER", _PR_SET_CHILD_SUBREAPER, 1)

@@ -10,15 +10,29 @@ import pytest
 
 sys.path.append(os.path.dirname(__file__))  # for the package `attacks`; last, since `isolate` lies beside it
 
+from attacks import compare, table
 from attacks.harness import Attacker, Person, Stage
 
+pytest_plugins = ["pytester"]
 _STAGE = "ISOLATE_TEST_STAGE"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    table.add_options(parser)
+    parser.getgroup("threats").addoption(
+        "--wall", choices=["isolate", *compare.OTHERS], default="isolate", help="what the probes run behind"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    table.configure(config)
     config.addinivalue_line("markers", "threat(*rows): rows of the threat catalogue that this test tries")
     if not hasattr(config, "workerinput"):  # the controller of pytest-xdist, or the only process
         os.environ[_STAGE] = str(Stage.new().directory)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    compare.leave_out(config.getoption("--wall"), items)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -48,7 +62,7 @@ def attacker(stage: Stage, person: Person, request: pytest.FixtureRequest) -> It
     number = f"{os.getpid()}-{abs(hash(request.node.nodeid)):x}"
     directory = stage.directory / "cases" / number
     directory.mkdir(parents=True)
-    one = Attacker(stage, person, directory)
+    one = Attacker(stage, person, directory, request.config.getoption("--wall"))
     try:
         yield one
     finally:

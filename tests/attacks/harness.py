@@ -117,10 +117,13 @@ class Stage:
         if base is None:
             pytest.skip(f"no Python of at least {_MINIMUM} that every user may run")
         quiet: dict[str, Any] = {"check": True, "umask": 0o022, "capture_output": True, "text": True}
-        virtualenv = [sys.executable, "-m", "virtualenv", "--quiet", "--no-periodic-update", "-p", base]
-        subprocess.run([*virtualenv, "--app-data", self.directory / "app-data", python.parent.parent], **quiet)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-        subprocess.run([*pip, *_REQUIREMENTS], **quiet)
+        if prepared := os.environ.get("ISOLATE_TEST_ENVIRONMENT"):  # where no package can be had: see tests/vm
+            shutil.copytree(prepared, python.parent.parent, symlinks=True)
+        else:
+            virtualenv = [sys.executable, "-m", "virtualenv", "--quiet", "--no-periodic-update", "-p", base]
+            subprocess.run([*virtualenv, "--app-data", self.directory / "app-data", python.parent.parent], **quiet)
+            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+            subprocess.run([*pip, *_REQUIREMENTS], **quiet)
         (packages,) = (python.parent.parent / "lib").glob("python3*/site-packages")
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(_REPOSITORY / "isolate", packages / "isolate", ignore=ignore)
@@ -232,17 +235,87 @@ class Running:
         return result
 
 
+class SafetyNet:
+    """A control group for probes behind a wall that has no limits, so that they cannot hurt this host.
+
+    It holds processes and memory down and ends what is left. Only root can make one; without, such probes are skipped.
+    """
+
+    _LIMITS: Mapping[str, Mapping[str, str]] = {
+        "memory": {"memory.limit_in_bytes": str(1 << 30)},
+        "pids": {"pids.max": "300"},
+    }
+
+    def __init__(self, name: str) -> None:
+        self._groups: list[Path] = []
+        if os.geteuid() != 0:
+            pytest.skip("no safety net for another wall: only root can make a control group")
+        for controller, limits in self._LIMITS.items():
+            group = self._own_group(controller) / f"attacks-{name}"
+            try:
+                group.mkdir()
+                self._groups.append(group)
+                for file, value in limits.items():
+                    (group / file).write_text(value)
+            except OSError as error:
+                self.close()
+                pytest.skip(f"no safety net for another wall: {group}: {error.strerror} (control groups v1 are needed)")
+
+    @staticmethod
+    def _own_group(controller: str) -> Path:
+        """Below our own group, whose limits so hold for the probes too. cgroups(7)"""
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                return Path(f"/sys/fs/cgroup/{controller}") / path.lstrip("/")
+        return Path("/sys/fs/cgroup/none")
+
+    def catch(self, pid: int) -> None:
+        for group in self._groups:
+            (group / "cgroup.procs").write_text(str(pid))
+
+    def _caught(self) -> set[int]:
+        return {int(pid) for group in self._groups for pid in (group / "cgroup.procs").read_text().split()}
+
+    def close(self) -> None:
+        """Kill until nobody is left, then remove the groups."""
+
+        def emptied() -> bool:
+            for pid in self._caught():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not self._caught()
+
+        assert eventually(emptied, 20), f"processes that cannot be killed in {self._groups}"
+        for group in self._groups:
+            eventually(lambda: _removed(group), 5)  # noqa: B023
+        self._groups.clear()
+
+
+def _removed(group: Path) -> bool:
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return not group.exists()
+
+
 class Attacker:
     """Runs probes as one person, inside sandboxes and (for the control) outside."""
 
-    def __init__(self, stage: Stage, person: Person, directory: Path) -> None:
+    def __init__(self, stage: Stage, person: Person, directory: Path, wall: str = "isolate") -> None:
         self.stage, self.person, self.directory = stage, person, directory
+        self.wall = wall
+        """What the probes run behind: ours, or another one to compare with (see `compare`)."""
         self.python = stage.environment()
         self.token = "canary" + secrets.token_hex(12)
         """In the supervisor's environment, and free to be put elsewhere. Nobody inside may ever know it."""
         self.temporary = self.make_directory("temporary")
         self._running: list[subprocess.Popen[bytes]] = []
         self._elsewhere: list[Path] = []
+        self._net = None if self.is_ours else SafetyNet(directory.name)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.wall == "isolate"
 
     def make_directory(self, name: str) -> Path:
         path = self.directory / name
@@ -279,24 +352,37 @@ class Attacker:
 
     def start(self, argv: Sequence[str], **job: Any) -> Running:
         """A supervisor with a job, see `runner`."""
+        if "notebooks" in job and not self.is_ours:
+            pytest.skip("n/a: another wall does not execute notebooks")
         end = self.directory / f"end-{secrets.token_hex(4)}"
         self.write(end, "")
-        job = {"argv": list(argv), "python": str(self.python), "end": str(end), **job}
+        job = {"argv": list(argv), "python": str(self.python), "end": str(end), "wall": self.wall, **job}
+        runner = [job.pop("supervisor", str(self.python)), "-B", "-P", str(self.stage.directory / "runner.py")]
         process = subprocess.Popen(
-            [job.pop("supervisor", str(self.python)), "-B", "-P", str(self.stage.directory / "runner.py")],
+            [*self._prefix(), *runner],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={**self._environment(), **job.pop("supervisor_env", {})},
             cwd=self.temporary,
-            **self.person.credentials(),
+            start_new_session=not self.is_ours,  # so that a probe which kills its process group ends there
+            **(self.person.credentials() if self.is_ours else {}),
         )
         self._running.append(process)
         assert process.stdin is not None
+        if self._net is not None:
+            self._net.catch(process.pid)
         process.stdin.write(json.dumps(job).encode())
         process.stdin.close()
         process.stdin = None
         return Running(process, end)
+
+    def _prefix(self) -> list[str]:
+        """Behind another wall, host names and SysV ids are nobody's: what a probe leaves of them goes with it."""
+        if self.is_ours:
+            return []
+        ids = ["--reuid", str(self.person.uid), "--regid", str(self.person.gid), "--clear-groups"]
+        return ["unshare", "--ipc", "--uts", "--", "setpriv", *ids, "--"]
 
     def python_argv(self, code: str, *arguments: str) -> list[str]:
         return [str(self.python), "-c", PRELUDE + code, *arguments]
@@ -344,6 +430,8 @@ class Attacker:
             process.wait()
             if process.stderr is not None:
                 process.stderr.close()
+        if self._net is not None:
+            self._net.close()
         for path in (self.directory, *self._elsewhere):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,15 +1,21 @@
 """Runs one sandbox, or one notebook, as whoever executes this file: a job as JSON on stdin, the end on stdout.
 
 What the sandboxed command writes is handed on to stderr while it runs. Knows nothing of tests.
+
+A job may name another wall than ours, to compare with: `bwrap`, as its manual's first page has it, or `chroot`
+under unshare, as the shell script was that instructors used before. Both see what our policy shows.
 """
 
 import base64
+import ctypes
 import dataclasses
 import io
 import json
 import os
 import resource
+import shlex
 import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -17,11 +23,15 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
+from isolate import syscalls
 from isolate.environment import environment_policy
-from isolate.policy import WORK, Bind, Limits, Policy, SandboxError
+from isolate.policy import HOME, WORK, Bind, Limits, Policy, SandboxError
 from isolate.sandbox import Command, Sandbox
 
 _KEPT = 1 << 20
+_MOST_SECONDS = 20.0
+"""Another wall has no limits; what runs behind it is ended here, which no test takes for the wall's doing."""
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
 
 def _bind(entry: str | list[str]) -> Bind:
@@ -36,6 +46,7 @@ def _policy(job: dict[str, Any]) -> Policy:
         writable=tuple(map(_bind, job.get("rw", []))),
         hidden=(*base.hidden, *map(Path, job.get("hidden", []))),
         environment={**base.environment, **job.get("env", {})},
+        tier=job.get("tier", "namespaces"),
     )
 
 
@@ -55,6 +66,31 @@ def _drain(descriptor: int, kept: bytearray, live: bool) -> None:
         kept.extend(block[: _KEPT - len(kept)])
         if live:
             os.write(2, block)
+
+
+def _become_odd() -> None:
+    """What a careless parent could hand down: everything that survives fork and execve, set to something unusual."""
+    for descriptor in (7, 42, 900):
+        os.dup2(os.open("/etc/passwd", os.O_RDONLY), descriptor, inheritable=True)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2, signal.SIGCHLD, signal.SIGALRM})
+    os.umask(0o777)
+    os.nice(5)
+    libc = ctypes.CDLL(None)
+    libc.personality(0x0040000 | 0x0400000)  # ADDR_NO_RANDOMIZE, READ_IMPLIES_EXEC
+    libc.prctl(29, 777_000, 0, 0, 0)  # PR_SET_TIMERSLACK
+    libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+    libc.prctl(33, 1, 1, 0, 0)  # PR_MCE_KILL: early
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    resource.setrlimit(resource.RLIMIT_STACK, (4 << 20, 64 << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    os.environ["LD_PRELOAD"] = os.environ["PYTHONSTARTUP"] = "/nonexistent/canary"
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("555")
 
 
 def _listing(file: IO[bytes]) -> dict[str, Any]:
@@ -97,6 +133,72 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _visible(policy: Policy) -> list[tuple[Bind, bool]]:
+    """What is shown and whether it is read-only, parents before children. Nothing is masked."""
+    shown = [(bind, True) for bind in policy.read_only] + [(bind, False) for bind in policy.writable]
+    return sorted(shown, key=lambda pair: len(pair[0].target.parts))
+
+
+def _bwrap(policy: Policy, argv: list[str]) -> list[str]:
+    """bwrap(1): everything unshared, the same places visible."""
+    words = ["bwrap", "--unshare-all", "--die-with-parent", "--proc", "/proc", "--dev", "/dev"]
+    words += ["--tmpfs", "/tmp", "--tmpfs", HOME, "--dir", WORK, "--chdir", WORK]
+    for bind, read_only in _visible(policy):
+        words += ["--ro-bind" if read_only else "--bind", str(bind.source), str(bind.target)]
+    for name, value in policy.environment.items():
+        words += ["--setenv", name, value]
+    return [*words, "--", *argv]
+
+
+def _chroot(policy: Policy, argv: list[str], root: str) -> list[str]:
+    """A shell script around unshare(1), mount(8) and chroot(8); an ordinary user is root in a user namespace."""
+    lines = ["mount -t tmpfs tmpfs .", f"cd {shlex.quote(root)}"]
+    lines += [f"mkdir -p proc dev/shm tmp run etc root var .{WORK}", "mount -t proc proc proc"]
+    lines += [f"touch dev/{name}; mount --bind /dev/{name} dev/{name}" for name in _DEVICES]
+    for bind, read_only in _visible(policy):
+        source, target = shlex.quote(os.path.realpath(bind.source)), shlex.quote(f".{bind.target}")
+        make = f"mkdir -p {target}" if bind.source.is_dir() else f"mkdir -p $(dirname {target}); touch {target}"
+        lines += [make, f"mount --rbind {source} {target}"]
+        if read_only:
+            lines.append(
+                f"mount -o remount,bind,ro {target} 2>/dev/null || mount -o remount,bind,ro,nosuid,nodev {target}"
+            )
+    variables = [f"{name}={value}" for name, value in policy.environment.items()]
+    inside = ["env", *variables, "sh", "-c", f'cd {WORK} && exec "$@"', "sh", *argv]
+    lines.append("PATH=$PATH:/usr/sbin:/sbin exec chroot . " + shlex.join(inside))
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    return ["unshare", *user, "--mount", "--pid", "--fork", "sh", "-ec", "\n".join(lines)]
+
+
+def run_elsewhere(job: dict[str, Any]) -> dict[str, Any]:
+    """The command behind another wall. The report says how it ended; there are no limits to report."""
+    syscalls.join_new_session_keyring()  # keys that a probe adds are nobody else's
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    policy = _policy(job)
+    kept = bytearray()
+    out, out_end = os.pipe()
+    for path in job.get("open_before", []):
+        os.set_inheritable(os.open(path, os.O_RDONLY), True)
+    root = tempfile.mkdtemp()
+    argv = _bwrap(policy, job["argv"]) if job["wall"] == "bwrap" else _chroot(policy, job["argv"], root)
+    process = subprocess.Popen(
+        argv, cwd=root, stdin=subprocess.DEVNULL, stdout=out_end, stderr=out_end, close_fds=False
+    )
+    os.close(out_end)
+    reader = threading.Thread(target=_drain, args=(out, kept, job.get("live", False)), daemon=True)
+    reader.start()
+    try:
+        code = process.wait(min(_MOST_SECONDS, job.get("limits", {}).get("wall_seconds", _MOST_SECONDS) + 3))
+        ended = "exited" if code >= 0 else "signal"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code, ended = process.wait(), "killed"
+    reader.join(2)
+    os.rmdir(root)
+    report = {"ended": ended, "exit_code": code, "signal": None, "limit": None, "message": "", "wall_seconds": 0.0}
+    return {"report": report, "error": None, "output": base64.b64encode(bytes(kept)).decode()}
+
+
 def notebook(job: dict[str, Any]) -> dict[str, Any]:
     """One notebook after the other; the work directory goes from each to the next."""
     import nbformat
@@ -134,7 +236,12 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))  # as in an ordinary login session
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    result = notebook(job) if "notebooks" in job else run(job)
+    if job.get("odd"):
+        _become_odd()
+    if job.get("wall", "isolate") != "isolate":
+        result = run_elsewhere(job)
+    else:
+        result = notebook(job) if "notebooks" in job else run(job)
     with open(job["end"], "w", encoding="utf-8") as file:  # a pipe that no sandbox inherits
         json.dump(result, file)
 

@@ -101,7 +101,7 @@ def test_a_daemon_is_gone_when_the_job_ends(attacker: Attacker, ending: str) -> 
     assert eventually(lambda: not marked(mark), 3)
 
 
-@pytest.mark.threat(25, 26, 28)
+@pytest.mark.threat(25)
 def test_reaching_into_other_processes_is_denied(attacker: Attacker) -> None:
     said = attacker.run("""
 pid = os.fork()
@@ -111,8 +111,6 @@ fd = os.pidfd_open(pid)
 one = os.pidfd_open(1)
 buffer = ctypes.create_string_buffer(64)
 iov = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), 64)
-flags = {"NEWUSER": 0x10000000, "NEWNS": 0x20000, "NEWPID": 0x20000000, "NEWNET": 0x40000000, "NEWTIME": 0x80}
-clone_args = (ctypes.c_uint64 * 11)(0x10000000, 0, 0, 0, 17)
 tries = {
     "ptrace attach": syscall(native(101, 117), 16, pid, 0, 0),
     "ptrace seize": syscall(native(101, 117), 0x4206, pid, 0, 0),
@@ -120,15 +118,38 @@ tries = {
     "readv": syscall(native(310, 270), pid, ctypes.byref(iov), 1, ctypes.byref(iov), 1, 0),
     "writev": syscall(native(311, 271), 1, ctypes.byref(iov), 1, ctypes.byref(iov), 1, 0),
     "getfd": syscall(438, fd, 0, 0), "getfd of init": syscall(438, one, 3, 0),
-    "setns": syscall(native(308, 268), one, 0x20000000), "madvise": syscall(440, one, ctypes.byref(iov), 1, 21, 0),
-    "clone3": syscall(435, ctypes.byref(clone_args), 88), "kcmp": syscall(native(312, 272), 1, pid, 0, 0, 0),
-    "init memory": attempt(open, "/proc/1/mem", "r+b"), "nsfs": attempt(open, "/proc/self/ns/user"),
+    "madvise": syscall(440, one, ctypes.byref(iov), 1, 21, 0), "kcmp": syscall(native(312, 272), 1, pid, 0, 0, 0),
+    "init memory": attempt(open, "/proc/1/mem", "r+b"),
+}
+os.kill(pid, 9)
+say(**tries)
+""").said
+    assert set(said.values()) <= {"EPERM", "EACCES", "ENOSYS"}, said
+
+
+@pytest.mark.threat(26)
+def test_namespaces_are_denied(attacker: Attacker) -> None:
+    """A clone that succeeds ends its child at once."""
+    said = attacker.run("""
+one = os.pidfd_open(1)
+flags = {"NEWUSER": 0x10000000, "NEWNS": 0x20000, "NEWPID": 0x20000000, "NEWNET": 0x40000000, "NEWTIME": 0x80}
+clone_args = (ctypes.c_uint64 * 11)(0x10000000, 0, 0, 0, 17)
+me = os.getpid()
+def clone(*arguments):
+    answer = syscall(*arguments)
+    if os.getpid() != me:
+        os._exit(0)
+    return answer
+tries = {
+    "setns": syscall(native(308, 268), one, 0x20000000), "clone3": clone(435, ctypes.byref(clone_args), 88),
+    "nsfs": attempt(open, "/proc/self/ns/user"),
 }
 for name, flag in flags.items():
-    tries["unshare " + name] = syscall(native(272, 97), flag)
     if name != "NEWTIME":
-        tries["clone " + name] = syscall(native(56, 220), flag | 17, 0, 0, 0, 0)
-        tries["clone high " + name] = syscall(native(56, 220), flag | 17 | 1 << 40, 0, 0, 0, 0)
+        tries["clone " + name] = clone(native(56, 220), flag | 17, 0, 0, 0, 0)
+        tries["clone high " + name] = clone(native(56, 220), flag | 17 | 1 << 40, 0, 0, 0, 0)
+for name, flag in flags.items():
+    tries["unshare " + name] = syscall(native(272, 97), flag)
 say(**tries)
 """).said
     opened = said.pop("nsfs")
@@ -149,11 +170,13 @@ say(found=found, ids=ids, maps=open("/proc/self/uid_map").read().split(),
 """).said
     found = said["found"]
     assert {int(found[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
-    assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
-    assert set(found["Uid"].split()) == {"1000"}
+    assert found["NoNewPrivs"] == "1"
     assert set(said["ids"].values()) <= {"EPERM", "EINVAL"}
     assert said["caps"] != "ok"
-    assert said["maps"] == ["1000", "1000", "1"]
+    if attacker.is_ours:
+        assert found["Seccomp"] == "2"
+        assert set(found["Uid"].split()) == {"1000"}
+        assert said["maps"] == ["1000", "1000", "1"]
 
 
 @pytest.mark.threat(25)
@@ -185,7 +208,7 @@ tries = {"nice": attempt(os.nice, -5), "fifo": attempt(os.sched_setscheduler, 0,
     "rr": attempt(os.sched_setscheduler, 0, os.SCHED_RR, os.sched_param(99)),
     "deadline": syscall(native(314, 274), 0, (ctypes.c_uint64 * 7)(48 | 6 << 32, 0, 0, 10**7, 10**7, 10**7, 0), 0),
     "ioprio": syscall(native(251, 30), 1, 0, 1 << 13),
-    "oom": attempt(open("/proc/self/oom_score_adj", "wb", 0).write, b"-1")}
+    "oom": attempt(lambda: open("/proc/self/oom_score_adj", "wb", 0).write(b"-1"))}
 say(raised=raised, tries=tries)
 """).said
     assert said["raised"] == {}
@@ -304,11 +327,11 @@ def test_a_segfault_starts_no_core_dump_helper(attacker: Attacker) -> None:
     assert said["core"] == [1, 1]
 
 
-@pytest.mark.threat(30)
+@pytest.mark.threat("30a")
 def test_the_parent_cannot_be_killed(attacker: Attacker) -> None:
-    """Neither by number nor by what the code thinks is its parent; rows 30a."""
+    """Neither by number nor by what the code thinks is its parent, nor by the pid that it has on the host."""
     outcome = attacker.run("attempt(os.kill, os.getppid(), 9); attempt(os.killpg, 0, 0); say(parent=os.getppid())")
-    assert outcome.said["parent"] == 1
+    assert outcome.said["parent"] == 1 or not attacker.is_ours
     assert outcome.error is None
 
 
@@ -319,12 +342,22 @@ def _start_tree(attacker: Attacker, mark: str) -> Running:
 
 
 @pytest.mark.threat(31)
+def test_kill_9_of_the_supervisor_leaves_no_process(attacker: Attacker) -> None:
+    mark = secrets.token_hex(12)
+    running = _start_tree(attacker, mark)
+    assert marked(mark)
+    running.process.kill()
+    running.process.wait()
+    assert eventually(lambda: not marked(mark), 5)
+
+
+@pytest.mark.threat(31)
 @pytest.mark.parametrize("victim", ["supervisor", "launcher", "outer", "both", "stopped supervisor"])
 def test_killed_helpers_take_the_sandbox_with_them(attacker: Attacker, victim: str) -> None:
     mounts, mark = _mounts(), secrets.token_hex(12)
     running = _start_tree(attacker, mark)
     (launcher,) = _children(running.process.pid)
-    (outer,) = _children(launcher)
+    outer = max(_children(launcher), key=lambda pid: len(_below(pid)))  # beside it stands who removes the control group
     tree = {pid: _stat(pid)[19] for pid in _below(running.process.pid)}
     assert marked(mark)
     assert len(tree) >= 7
