@@ -25,7 +25,7 @@ from typing import Any
 
 from isolate.environment import environment_policy, home_files, without_working_directory
 from isolate.policy import WORK, Limits, Policy, Report
-from isolate.sandbox import Command, Sandbox
+from isolate.sandbox import Command, Sandbox, last_words
 
 INTERACTIVE = Limits(wall_seconds=7 * 86_400.0, cpu_seconds=7 * 86_400.0)
 """What a kernel or a shell with a person in front of it gets unless told otherwise."""
@@ -198,13 +198,9 @@ class RunningKernel:
             code, problem = -(report.signal or signal.SIGKILL), report.message or "it was killed"
         if report.ended != "limit" and self._asked_to_end:
             problem = ""
-        if problem and (said := self._last_words()):
+        if problem and (said := last_words(self._said)):
             problem += f"; it said: {said}"
         return Ending(code, problem, report)
-
-    def _last_words(self) -> str:
-        lines = self._said.decode("utf-8", "replace").strip().splitlines()
-        return "".join(c if c.isprintable() else "?" for c in lines[-1][:300]) if lines else ""
 
 
 def channel_path(door: Door, channel: str) -> str:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from isolate import driver, uids
 from isolate.environment import grader_paths, grader_policy, without_working_directory
 from isolate.policy import MIB, Limits, Policy, Report, SandboxError
-from isolate.sandbox import Command, Sandbox
+from isolate.sandbox import Command, Sandbox, last_words
 
 _SOCKETS = "/run/kernel"
 _KEPT_STDERR_BYTES = 4096
@@ -230,7 +230,7 @@ class TwoRooms:
             self._progress(index, "started" if state == driver.STARTED else "finished")
 
     def _raise_not_started(self, kernel_report: Report, driver_report: Report) -> None:
-        said = _last_words(self._kernel_said)
+        said = last_words(self._kernel_said)
         last = f"; it said: {said}" if said else ""
         if kernel_report.ended == "killed":
             if driver_report.ended in {"signal", "limit"} or driver_report.exit_code:
@@ -241,13 +241,7 @@ class TwoRooms:
         raise SandboxError("kernel", f"it did not start: {cause}{last}", "check the environment and its ipykernel")
 
     def _driver_words(self) -> str:
-        return _last_words(self._driver_said) or "it ended without a document"
-
-
-def _last_words(said: bytes | bytearray) -> str:
-    """The last line of what a room wrote to its standard error, fit for a log: no control characters."""
-    lines = said.decode("utf-8", "replace").strip().splitlines()
-    return "".join(one if one.isprintable() else "?" for one in lines[-1][:300]) if lines else ""
+        return last_words(self._driver_said) or "it ended without a document"
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:

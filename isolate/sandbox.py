@@ -409,3 +409,9 @@ def explain_limit(limit: str, policy: Policy) -> str:
         "files": f"the file limit of {limits.files_bytes / mib:g} MiB was reached",
         "output": f"the output limit of {limits.output_bytes / mib:g} MiB was reached",
     }[limit]
+
+
+def last_words(said: bytes | bytearray) -> str:
+    """The last line of what a room wrote to its standard error, fit for a log: short, and no control characters."""
+    lines = said.decode("utf-8", "replace").strip().splitlines()
+    return "".join(one if one.isprintable() else "?" for one in lines[-1][:300]) if lines else ""
