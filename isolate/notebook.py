@@ -13,6 +13,7 @@ The rooms themselves are in `isolate.rooms`, the reader of the document in `isol
 import copy
 import dataclasses
 import enum
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import IO, Any
 
@@ -221,8 +222,7 @@ class _Job:
             if record["cut"]:
                 limits.append("output")
                 cell.outputs.append(outputs.notice(self.policy.limits))
-            if any(output.output_type == "error" and output.ename == "MemoryError" for output in cell.outputs):
-                limits.append("memory")  # the cell's own word: an allocation was refused, and nothing was killed
+            limits += _name_refusals(cell.outputs, self.policy)
             if ended in {Ended.TIMEOUT, Ended.STUCK}:
                 limits.append("timeout")
             if ended not in {Ended.OK, Ended.TIMEOUT}:
@@ -246,6 +246,27 @@ class _Job:
 
 _FINAL = frozenset({Ended.KERNEL_DIED, Ended.STUCK, Ended.STOPPED, Ended.NOT_RUN})
 """Endings after which no further cell could run."""
+
+
+_REFUSALS = {
+    "memory": re.compile(r"MemoryError"),
+    "files": re.compile(r"\[Errno (27|28|122)\]"),  # EFBIG, ENOSPC, EDQUOT
+    "open_files": re.compile(r"\[Errno 24\]"),  # EMFILE
+    "processes": re.compile(r"BlockingIOError: \[Errno 11\]|can't start new thread"),  # fork(2): EAGAIN
+}
+"""How Python tells of a limit that refused something and ended nothing."""
+
+
+def _name_refusals(cell_outputs: Sequence[NotebookNode], policy: Policy) -> list[str]:
+    """Limits that errors of a cell tell of, by the cell's own word; each such error says in the end which it was."""
+    found = []
+    for output in cell_outputs:
+        if output.output_type == "error":
+            words = f"{output.ename}: {output.evalue}"
+            for limit in (name for name, pattern in _REFUSALS.items() if pattern.search(words)):
+                found.append(limit)
+                output.traceback = [*output.traceback, f"isolate: {explain_limit(limit, policy)}"]
+    return found
 
 
 def _is_code(cell: NotebookNode) -> bool:

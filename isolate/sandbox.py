@@ -406,7 +406,9 @@ def explain_limit(limit: str, policy: Policy) -> str:
         "wall": f"the wall limit of {limits.wall_seconds:g} s was reached",
         "cpu": f"the cpu limit of {limits.cpu_seconds:g} s of processor time was reached",
         "memory": f"the memory limit of {limits.memory_bytes / mib:g} MiB for all processes together was reached",
-        "files": f"the file limit of {limits.files_bytes / mib:g} MiB was reached",
+        "files": f"the file limit of {limits.files_bytes / mib:g} MiB in {limits.files_count} files was reached",
+        "processes": f"the limit of {limits.processes} processes and threads was reached",
+        "open_files": f"the limit of {limits.open_files} open files of a process was reached",
         "output": f"the output limit of {limits.output_bytes / mib:g} MiB was reached",
     }[limit]
 

@@ -463,6 +463,28 @@ class TestEnds:
         assert errors_of(execution) == ["MemoryError"]
         assert endings(execution) == ["ok", "ok"]
 
+    @pytest.mark.parametrize(
+        ("code", "limit", "words"),
+        [
+            ("x = bytearray(2 << 30)", "memory", "memory limit of 400 MiB"),
+            ("open('x', 'wb').write(b'x' * (20 << 20))", "files", "file limit of 8 MiB in 50 files"),
+            ("for n in range(100): open(f'f{n}', 'w').close()", "files", "in 50 files"),
+            ("import os; fds = [os.dup(0) for _ in range(1000)]", "open_files", "limit of 200 open files"),
+            ("import threading, time\nfor _ in range(99): threading.Thread(target=time.sleep, args=(5,)).start()",
+             "processes", "limit of 60 processes and threads"),
+            ("import os, time\nfor _ in range(99):\n    if os.fork() == 0: time.sleep(5); os._exit(0)",
+             "processes", "limit of 60 processes and threads"),
+        ],
+    )  # fmt: skip
+    def test_a_refusal_says_which_limit_it_was(self, run_cells: Run, code: str, limit: str, words: str) -> None:
+        limits = Limits(
+            memory_bytes=400 * MIB, files_bytes=8 * MIB, files_count=50, open_files=200, processes=60, wall_seconds=90
+        )
+        execution = run_cells(code, "'next'", limits=limits)
+        assert limit in execution.report.limits
+        (error,) = [output for output in execution.notebook.cells[0].outputs if output.output_type == "error"]
+        assert words in error.traceback[-1]
+
     def test_full_disk_is_an_error_of_the_cell(self, run_cells: Run) -> None:
         execution = run_cells(
             "open('x', 'wb').write(b'x' * (20 << 20))", "'next'", limits=Limits(files_bytes=8 * MIB, wall_seconds=90)
