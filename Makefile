@@ -44,6 +44,10 @@ attacks: setup ## every attack of the threat catalogue, as a table
 compare: setup ## the same attacks against bwrap and chroot, where installed (as root)
 	@$(BIN)/python tests/attacks/compare.py
 
+.PHONY: test-vm
+test-vm: setup ## stock kernels of Debian in virtual machines (needs qemu-system-x86); VM="--only-look" for less
+	@$(BIN)/python tests/vm/run.py $(VM)
+
 lint: setup ## ruff format, ruff check, mypy --strict
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy isolate grader_service nbgrader_aalto
 

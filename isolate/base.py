@@ -8,6 +8,7 @@ Standard library only. Nothing here returns to its caller: each function that fo
 """
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ def open_trees(plan: Plan) -> Trees:
     """Copies of the mounts that will be visible, as descriptors, in the order of the plan's mounts and devices.
 
     Root does this before it gives up its uid, because a path may lead through directories that only their
-    owner may enter; an ordinary user does it inside the new user namespace. None stands for a symlink.
+    owner may enter; others do it inside the new user namespace. None stands for a symlink.
     """
     trees: Trees = []
     for entry in plan["mounts"]:
@@ -46,6 +47,21 @@ def open_trees(plan: Plan) -> Trees:
         with step("devices", f"open /dev/{device}"):
             trees.append(syscalls.open_tree(f"/dev/{device}"))
     return trees
+
+
+def open_trees_as_root(plan: Plan) -> Trees | None:
+    """Before root is given up; None where that is not possible or not needed, and the sandbox's user opens them.
+
+    A root without CAP_SYS_ADMIN, as in most containers, is refused with EPERM. Raises `BuildError`.
+    """
+    if plan["uid"] is None:
+        return None
+    try:
+        return open_trees(plan)
+    except room.BuildError as error:
+        if error.error_number == errno.EPERM:
+            return None
+        raise
 
 
 def _make_writable(plan: Plan, entry: dict[str, Any], tree: int) -> None:

@@ -151,7 +151,7 @@ def _fork_sandbox(
     diagnostics: socket.socket,
 ) -> tuple[int, bool]:
     """Fork the first process of the sandbox. (its pid, whether it is in the group). Raises `BuildError`."""
-    trees = base.open_trees(plan) if plan["uid"] is not None and private is None else None
+    trees = base.open_trees_as_root(plan) if private is None else None
     launcher_pid = os.getpid()
     answer, answer_end = os.pipe()
     pid = os.fork()

@@ -92,8 +92,11 @@ def _enter_tmpfs() -> None:
 
 
 def _enter_tmpfs_with(plan: Plan, open_trees: Callable[[], list[int]]) -> tuple[int, list[int]]:
-    """The host's /proc and the trees, opened. Root opens them before it is given up, as in `base.open_trees`."""
-    trees = open_trees() if plan["uid"] is not None else None
+    """The host's /proc and the trees, opened; by root before it is given up, as in `base.open_trees_as_root`."""
+    trees = None
+    if plan["uid"] is not None:
+        with contextlib.suppress(PermissionError):
+            trees = open_trees()
     host_proc = _unshare_mounts(plan)
     trees = open_trees() if trees is None else trees
     _enter_tmpfs()
