@@ -179,6 +179,8 @@ class IsolatedExecute(Execute):
         try:
             return self._execute(nb, where, directory)
         except SandboxError as error:
+            if error.layer in _LASTING:
+                raise
             self.log.warning(
                 "Trying notebook '%s' of student '%s' once more: %s",
                 where["notebook"],
@@ -357,6 +359,10 @@ class IsolatedExecute(Execute):
         for name in _HOOKS:
             if getattr(self, name, None) is not None:
                 self.log.warning("c.Execute.%s is not called: cells run in a sandbox", name)
+
+
+_LASTING = frozenset({"policy", "environment", "seccomp", "landlock", "user namespace", "namespaces"})
+"""Layers that are missing the second time, too."""
 
 
 @dataclasses.dataclass

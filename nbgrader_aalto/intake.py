@@ -126,16 +126,17 @@ class IntakeExporter(NotebookExporter):
             settle()
             dest = os.path.normpath(converter._format_dest(assignment_id, student_id))
             # first of all, since it mends what a killed run left, and what is there decides what is inspected
-            result = EarlierResult(Path(dest)) if converter.coursedir.notebook_id == "*" else None
+            results = [EarlierResult(path) for path in _results(converter, Path(dest))]
             excluded = student_id in converter.coursedir.student_id_exclude.split(",")
             if not excluded:
                 refusals = self._inspect(converter, assignment_id, student_id)
                 if refusals:
                     self._refuse(assignment_id, student_id, refusals)
                     return False
-            if result and not excluded and not self._unchanged(converter, assignment_id, student_id):
-                result.put_aside()
-                earlier.append(result)
+            if not excluded and not self._unchanged(converter, assignment_id, student_id):
+                for result in results:
+                    result.put_aside()
+                    earlier.append(result)
             return bool(stock["init_destination"](assignment_id, student_id))
 
         def convert_single_notebook(filename: str) -> None:
@@ -232,6 +233,13 @@ def _refuse_unless_isolated(converter: Any) -> None:
         except ConfigurationError as error:
             converter.log.error("Nothing was autograded: %s", error)
             raise NbGraderException(f"Nothing was autograded: {error}") from error
+
+
+def _results(converter: Any, dest: Path) -> list[Path]:
+    """What this run replaces: a student's whole result, or with --notebook the notebooks that it names."""
+    if converter.coursedir.notebook_id == "*":
+        return [dest]
+    return [dest / os.path.basename(path) for path in converter.notebooks]
 
 
 def split_source(course: Any, step: str, student_id: str, assignment_id: str) -> tuple[Path, PurePosixPath]:

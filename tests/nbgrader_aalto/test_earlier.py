@@ -125,3 +125,42 @@ def test_a_result_made_by_hand_meanwhile_is_not_lost_in_silence(directory: Path)
     shutil.rmtree(directory)
     EarlierResult(directory)
     assert read(directory) == "old"
+
+
+@pytest.fixture
+def notebook(directory: Path) -> Path:
+    return directory / "p1.ipynb"
+
+
+def test_one_notebook_of_several(notebook: Path) -> None:
+    make(notebook.parent, "old")
+    (notebook.parent / "p2.ipynb").write_text("other")
+    earlier = EarlierResult(notebook)
+    earlier.put_aside()
+    assert not notebook.exists()
+    earlier.settle()
+    assert notebook.read_text() == "old"
+    earlier.put_aside()
+    notebook.write_text("new")
+    earlier.settle()
+    assert notebook.read_text() == "new"
+    assert sorted(path.name for path in notebook.parent.iterdir()) == ["p1.ipynb", "p2.ipynb"]
+
+
+def test_one_notebook_after_a_killed_run(notebook: Path) -> None:
+    make(notebook.parent, "old")
+    EarlierResult(notebook).put_aside()
+    notebook.write_text("half made")
+    EarlierResult(notebook)
+    assert notebook.read_text() == "old"
+
+
+def test_a_first_notebook_that_fails_leaves_no_directory(notebook: Path) -> None:
+    earlier = EarlierResult(notebook)
+    earlier.put_aside()
+    earlier.settle()
+    assert not notebook.parent.exists()
+    earlier.put_aside()
+    notebook.write_text("half made, and killed")
+    EarlierResult(notebook)
+    assert not notebook.parent.exists()

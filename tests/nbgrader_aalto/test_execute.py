@@ -498,10 +498,21 @@ def test_a_fault_of_the_host_is_no_score_and_keeps_what_was_there(course: Course
     assert "notebook 'p1' of assignment 'ps1' of student 'honest'" in said
     assert "not the student's fault" in said
     assert words in said
-    assert answered["log"].count("once more") == 1
+    lasting = words in {"cannot be read", "'lots' is not a size", "must be positive", "absolute"}
+    assert answered["log"].count("once more") <= (0 if lasting else 1)
     assert contents(course.autograded("honest")) == before
     assert course.scores("honest") == scores
     assert not list(course.autograded("honest").parent.glob(".*"))
+
+
+def test_one_notebook_by_name_keeps_its_earlier_result_after_a_fault(course: Course) -> None:
+    before = contents(course.autograded("honest"))
+    one = ("autograde", "ps1", "--student=honest", "--notebook=p1", "--force")
+    done = course.nbgrader(*one, "--IsolatedExecute.memory=lots")
+    assert done.code == 1
+    assert contents(course.autograded("honest")) == before
+    assert course.nbgrader(*one).code == 0
+    assert course.scores("honest") == FULL
 
 
 def test_a_student_without_an_earlier_result_has_none_after_a_fault(course: Course) -> None:
