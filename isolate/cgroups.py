@@ -183,10 +183,11 @@ def create(limits: dict[str, Any]) -> Group | None:
 
 
 def _create_v2(found: list[Hierarchy], name: str, limits: dict[str, Any]) -> Group | None:
-    """Beside or above our own group, as near as possible: a limit of the container or service holds for us, too.
+    """Below our own group if it is free of processes, else beside it, else further up: as near as possible.
 
-    A group with processes in it cannot have groups below it that are limited ("no internal processes"), except
-    the root. So the usual place is beside ours, in a group whose subtree was delegated.
+    A group with processes in it cannot have limited groups below it ("no internal processes"), except the root. So a
+    limit of an enclosing slice or container holds for sandboxes, too, and that of our own group only where its
+    processes lie in a subgroup (systemd's DelegateSubgroup=).
     """
     for hierarchy in found:
         if hierarchy.version != 2:

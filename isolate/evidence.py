@@ -289,7 +289,7 @@ def _about_totals(_: int, __: Evidence) -> Diagnosis:
     return (
         "no control group is delegated to us (version 2), and we are not root over version 1's",
         "not needed: sampling keeps the limits, less exactly. To have one: systemd-run --user --scope -p Delegate=yes, "
-        "or Delegate=yes in the service's unit",
+        "or Delegate=yes and DelegateSubgroup=supervisor in the service's unit (docs/hosts.md)",
     )
 
 

@@ -26,8 +26,8 @@ class _Launchers:
 
     def groups(self) -> list[Path]:
         texts = (Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
-        places = {Path(hierarchy.place) for hierarchy in cgroups.hierarchies(*texts)}
-        return [path for place in places for pid in self.pids for path in place.glob(f"isolate-{pid}-*")]
+        mounts = {Path(hierarchy.mount) for hierarchy in cgroups.hierarchies(*texts)}  # beside ours or above, too
+        return [path for mount in mounts for pid in self.pids for path in mount.glob(f"**/isolate-{pid}-*")]
 
 
 @pytest.fixture
