@@ -20,6 +20,8 @@ Standard library only. Nothing here returns to its caller after a fork.
 """
 
 import contextlib
+import errno
+import hashlib
 import os
 import re
 import resource
@@ -27,13 +29,13 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from isolate import landlock, room, syscalls
 from isolate.cgroups import start_time
 from isolate.room import BuildError, step
-from isolate.sampler import descendants
+from isolate.sampler import DESCENT_SECONDS, as_user, descendants
 
 Plan = dict[str, Any]
 
@@ -42,6 +44,8 @@ _HELPERS = 16
 _STALE_SECONDS = 60.0
 _FILES_SAMPLE_SECONDS = 0.5
 _HOME = "/home/student"
+_SCOPE_SIGNAL = 2
+_MAPS_BYTES = 1 << 20
 
 
 class PrivateDirectory:
@@ -49,13 +53,15 @@ class PrivateDirectory:
 
     def __init__(self, path: str, limits: dict[str, Any]) -> None:
         self.path, self._limits = path, limits
-        self._next = 0.0
+        self._next = time.monotonic() + _FILES_SAMPLE_SECONDS
+        self._unreadable = False
 
     @classmethod
     def make(cls, parent: str, uid: int | None, limits: dict[str, Any]) -> "PrivateDirectory":
         """A new one, which only the sandbox's user may enter. Removes what killed sandboxes left. Raises `OSError`."""
+        here = _numbering()
         for entry in os.scandir(parent):
-            match = re.fullmatch(r"isolate-(\d+)-(\d+)-\w+", entry.name)
+            match = re.fullmatch(rf"isolate-(\d+)-(\d+)-{here}\w+", entry.name)
             with contextlib.suppress(OSError):
                 if (
                     match
@@ -64,7 +70,7 @@ class PrivateDirectory:
                     and time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_SECONDS
                 ):
                     cls(entry.path, limits).remove()
-        path = f"{parent}/isolate-{os.getpid()}-{start_time(os.getpid())}-{os.urandom(8).hex()}"
+        path = f"{parent}/isolate-{os.getpid()}-{start_time(os.getpid())}-{here}{os.urandom(4).hex()}"
         os.mkdir(path, 0o700)
         for name in ("home", "home/work", "tmp", "run"):
             os.mkdir(f"{path}/{name}", 0o700)
@@ -74,26 +80,66 @@ class PrivateDirectory:
                 os.chown(f"{path}/{name}", uid, uid)
         return cls(path, limits)
 
-    def is_full(self) -> bool:
-        """Whether its files pass the limits; looked at twice a second at most."""
-        if time.monotonic() < self._next:
+    def is_full(self, keeper: int, uid: int | None) -> bool:
+        """Whether its files pass the limits, those without a name included; looked at twice a second at most."""
+        started = time.monotonic()
+        if started < self._next:
             return False
-        taken, count, waiting = 0, 0, [self.path]
-        while waiting and taken <= self._limits["files_bytes"] and count <= self._limits["files_count"]:
+        device = os.stat(self.path).st_dev
+        most: int = self._limits["files_bytes"]
+        most_files: int = self._limits["files_count"]
+        with as_user(uid):
+            nameless = self._held_without_a_name(descendants([keeper], DESCENT_SECONDS), device)
+        taken, count = sum(nameless.values()), len(nameless)
+        waiting = [self.path]
+        while waiting and taken <= most and count <= most_files:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it changes while we look
+                try:
+                    directory = _open_directory(waiting[-1])
+                except OSError as error:
+                    if error.errno in {errno.ENAMETOOLONG, errno.EMFILE}:
+                        return True
+                    waiting.pop()
+                    continue
+                above = waiting.pop()
+                try:
+                    with os.scandir(directory) as entries:
+                        for entry in entries:
+                            status = entry.stat(follow_symlinks=False)
+                            taken += status.st_blocks * 512
+                            count += 1
+                            if stat.S_ISDIR(status.st_mode):
+                                waiting.append(f"{above}/{entry.name}")
+                finally:
+                    os.close(directory)
+        now = time.monotonic()
+        self._next = now + max(_FILES_SAMPLE_SECONDS, 3 * (now - started))
+        return taken > most or count > most_files
+
+    def _held_without_a_name(self, pids: list[int], device: int) -> dict[int, int]:
+        """Bytes on this device of files that were removed while a process held them: inode -> bytes.
+
+        Who executes a program that its user may execute but not read cannot be looked into, and is killed.
+        """
+        found: dict[int, int] = {}
+        unreadable = []
+        for pid in pids:
             try:
-                with os.scandir(waiting.pop()) as entries:
-                    for entry in entries:
-                        status = entry.stat(follow_symlinks=False)
-                        taken += status.st_blocks * 512
-                        count += 1
-                        if stat.S_ISDIR(status.st_mode):
-                            waiting.append(entry.path)
-            except (FileNotFoundError, PermissionError, NotADirectoryError):
-                continue  # it changes while we look
-            except OSError:
-                return True  # deeper than a path can be long
-        self._next = time.monotonic() + _FILES_SAMPLE_SECONDS
-        return bool(waiting) or taken > self._limits["files_bytes"] or count > self._limits["files_count"]
+                for status in _open_files(pid):
+                    if status.st_nlink == 0 and status.st_dev == device and stat.S_ISREG(status.st_mode):
+                        found[status.st_ino] = status.st_blocks * 512
+                for inode, size in _mapped_without_a_name(pid, device):
+                    found.setdefault(inode, size)
+            except PermissionError:
+                unreadable.append(pid)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        if self._unreadable:  # the second time: the command itself cannot be looked into for a moment before it starts
+            for pid in unreadable:
+                with contextlib.suppress(PermissionError, ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._unreadable = bool(unreadable)
+        return found
 
     def remove(self) -> None:
         """Remove it with all in it, however deep: what lies in a directory is moved up before that one goes.
@@ -114,16 +160,25 @@ class PrivateDirectory:
             os.close(top)
 
 
+def _numbering() -> str:
+    """Names this boot of this host and our PID namespace: in others, who lives has other numbers.
+
+    Containers may share /tmp, and the nodes of a cluster a TMPDIR. pid_namespaces(7), random(4)
+    """
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        boot = file.read()
+    return hashlib.sha256(boot + os.readlink("/proc/self/ns/pid").encode()).hexdigest()[:8]
+
+
 def _remove_flat(top: int, name: str, number: int) -> int:
     if not stat.S_ISDIR(os.stat(name, dir_fd=top, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=top)
         return number
-    os.chmod(name, 0o700, dir_fd=top)
-    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+    directory = _open_directory(name, top)
     try:
         for child in os.listdir(directory):
             if stat.S_ISDIR(os.stat(child, dir_fd=directory, follow_symlinks=False).st_mode):
-                os.chmod(child, 0o700, dir_fd=directory)
+                os.close(_open_directory(child, directory))
                 number += 1
                 os.rename(child, f"isolate-removed-{number}", src_dir_fd=directory, dst_dir_fd=top)
             else:
@@ -134,11 +189,46 @@ def _remove_flat(top: int, name: str, number: int) -> int:
     return number
 
 
+def _open_directory(name: str, above: int | None = None) -> int:
+    """With its mode made such that its owner can look into it, and move it. No link is followed at its end.
+
+    chmod(2) by name would follow one that a process puts there meanwhile, and change somebody else's file.
+    """
+    flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    place = os.open(name, os.O_PATH | flags, dir_fd=above)
+    try:
+        if os.fstat(place).st_mode & stat.S_IRWXU != stat.S_IRWXU:
+            os.chmod(f"/proc/self/fd/{place}", 0o700)
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    finally:
+        os.close(place)
+
+
+def _open_files(pid: int) -> Iterator[os.stat_result]:
+    with os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                yield entry.stat()
+
+
+def _mapped_without_a_name(pid: int, device: int) -> Iterator[tuple[int, int]]:
+    """Removed files that only a mapping holds, up to where it is mapped. proc_pid_maps(5)"""
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        text = file.read(_MAPS_BYTES)
+    wanted = b"%02x:%02x" % (os.major(device), os.minor(device))
+    for line in text.splitlines():
+        if line.endswith(b" (deleted)"):
+            addresses, _, offset, where, inode = line.split(maxsplit=5)[:5]
+            if where == wanted:
+                first, last = (int(address, 16) for address in addresses.split(b"-"))
+                yield int(inode), int(offset, 16) + last - first
+
+
 def run_outer(plan: Plan, box: socket.socket, private: str, leave_launcher: Callable[[int], None]) -> NoReturn:
     """Become the sandbox's user, close the walls, run the command, pack, end."""
     with room.report_failures(box):
         # Not SIGKILL: there is no PID namespace that would take everything below with us.
-        signal.signal(signal.SIGUSR2, lambda *_: _kill_all_and_exit())
+        signal.signal(signal.SIGUSR2, lambda *_: _kill_all_and_exit(_kill_below))
         with contextlib.suppress(PermissionError):  # an ordinary user may not; no_new_privs does without
             syscalls.drop_bounding_capabilities()
         leave_launcher(signal.SIGUSR2)
@@ -157,16 +247,19 @@ def run_outer(plan: Plan, box: socket.socket, private: str, leave_launcher: Call
             plan["limits"]["processes"] += _HELPERS
         syscalls.set_dumpable(False)
         room.close_walls(plan["seccomp"])
+        kill_below = _kill_domain if _enter_domain() else _kill_below
+        signal.signal(signal.SIGUSR2, lambda *_: _kill_all_and_exit(kill_below))
         layers = [f"Landlock ABI {landlock.abi()}", *room.WALLS, "private directory on disk, its size sampled"]
         if plan["uid"] is not None:
             layers.insert(0, "unprivileged uid of its own")
         room.send_ready(box, [*layers, plan["counted"]], shared)
         pid = room.start(plan, box, lambda: _close_last_walls(plan, rules))
-        room.finish(plan, box, keep, room.reap_until_end(pid, box, _kill_below))
+        room.finish(plan, box, keep, room.reap_until_end(pid, box, kill_below))
     os._exit(0)
 
 
 def _close_last_walls(plan: Plan, rules: list[landlock.Rule]) -> None:
+    syscalls.set_dumpable(True)  # the launcher looks into what runs; the keeper itself stays closed
     syscalls.set_parent_death_signal(signal.SIGKILL)
     room.restrict(rules)
     with step("seccomp", "load this tier's filter"):
@@ -179,8 +272,27 @@ def _kill_below() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _kill_all_and_exit() -> NoReturn:
-    room.empty(_kill_below)
+def _enter_domain() -> bool:
+    """Close ourselves in with what we will start: from then on no signal of ours goes further. Whether we could."""
+    if landlock.abi() < landlock.SCOPES_SINCE:
+        return False
+    with step("landlock", "scope signals"):
+        domain = syscalls.landlock_create_ruleset(0, _SCOPE_SIGNAL)
+        try:
+            syscalls.landlock_restrict_self(domain)
+        finally:
+            os.close(domain)
+    return True
+
+
+def _kill_domain() -> None:
+    """All below us at once: what goes from process to process by forking could outrun one `kill` after another."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(-1, signal.SIGKILL)
+
+
+def _kill_all_and_exit(kill_below: Callable[[], None]) -> NoReturn:
+    room.empty(kill_below)
     os._exit(1)
 
 

@@ -24,12 +24,14 @@ from typing import Any
 
 from isolate import base, cgroups, confined, room, syscalls
 from isolate.room import BuildError, send_event, step
-from isolate.sampler import Sampler, children
+from isolate.sampler import Sampler, as_user, children
 from isolate.sockets import SocketMemory
 
 Plan = dict[str, Any]
 
 _SAMPLE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 1.0
+_KEEPER_SECONDS = 5.0
 
 
 class Watch:
@@ -37,12 +39,14 @@ class Watch:
 
     def __init__(
         self,
+        pid: int,
         counter: cgroups.Group | Sampler,
         private: confined.PrivateDirectory | None,
-        limits: dict[str, Any],
+        plan: Plan,
         started: float,
     ) -> None:
-        self._counter, self._private, self._limits, self._started = counter, private, limits, started
+        self._pid, self._counter, self._private, self._started = pid, counter, private, started
+        self._uid, self._limits = plan["uid"], plan["limits"]
         self.memory_peak_bytes = 0
         self.cpu_seconds = 0.0
 
@@ -56,14 +60,15 @@ class Watch:
 
     def take(self) -> str | None:
         """The name of the limit that is reached now, or None."""
-        usage = self._counter.sample()
+        with as_user(self._uid if isinstance(self._counter, Sampler) else None):
+            usage = self._counter.sample()
         self.memory_peak_bytes = max(self.memory_peak_bytes, usage.memory_bytes)
         self.cpu_seconds = max(self.cpu_seconds, usage.cpu_seconds)
         if usage.limit:
             return usage.limit
         if usage.cpu_seconds > self._limits["cpu_seconds"]:
             return "cpu"
-        if self._private is not None and self._private.is_full():
+        if self._private is not None and self._private.is_full(self._pid, self._uid):
             return "files"
         return "wall" if self.wall_seconds > self._limits["wall_seconds"] else None
 
@@ -79,6 +84,16 @@ def _kill_children(guard: int | None) -> None:
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(below[0], 0)
+
+
+def _let_keeper_kill(pid: int) -> None:
+    """It may be able to end all that is below it at once (`confined`), which we are not."""
+    deadline = time.monotonic() + _KEEPER_SECONDS
+    with contextlib.suppress(ChildProcessError):  # ended, and waited for: the number is no longer its own
+        if os.waitpid(pid, os.WNOHANG)[0] == 0:
+            os.kill(pid, signal.SIGUSR2)
+        while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def _watch(pid: int, box: socket.socket, watch: Watch) -> str | None:
@@ -98,8 +113,8 @@ def _watch(pid: int, box: socket.socket, watch: Watch) -> str | None:
             return limit if limit == "memory" else None  # the kernel may have been first with the killing
         if limit:
             return limit
-        # Sampling many processes may cost more than it protects: at most a tenth of our time goes there.
-        pause = max(_SAMPLE_SECONDS, 10 * (time.monotonic() - before))
+        # Sampling many processes costs: a tenth of our time, more only when so slow that limits would be missed.
+        pause = max(_SAMPLE_SECONDS, min(10 * (time.monotonic() - before), _LONGEST_PAUSE_SECONDS))
         pause = min(pause, watch.seconds_left) + 0.001
         for descriptor, event in poll.poll(pause * 1000):
             if descriptor == wakeup:
@@ -204,8 +219,10 @@ def _run(plan: Plan, box: socket.socket) -> dict[str, Any]:
             counter = Sampler(pid, plan["limits"], helpers_below=0, sockets=None)
         else:  # launcher -> outer -> base's init -> room's outer -> room's init -> what we count
             counter = Sampler(pid, plan["limits"], helpers_below=3, sockets=SocketMemory(diagnostics))
-        watch = Watch(counter, private, plan["limits"], started)
+        watch = Watch(pid, counter, private, plan, started)
         limit = _watch(pid, box, watch)
+        if private:
+            _let_keeper_kill(pid)
         _kill_children(leftovers.guard)
         watch.take()
         killed_by_host = counter.killed_by_host()

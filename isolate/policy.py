@@ -28,10 +28,11 @@ def parse_size(text: str) -> int:
 TIERS = ("namespaces", "landlock")
 
 LANDLOCK_GAPS = (
-    "whoever knows or guesses a path learns whether it exists, its size, times and owner (not what is in it)",
+    "whoever guesses a path learns whether it exists, its size, times and owner, and where a link leads; no contents",
     "the host's name, kernel, load, network interfaces and process numbers are visible",
     "grading as an ordinary user: student code has that user's uid, so one missing rule would reach all its files",
     "work directory, HOME and /tmp lie on a disk of the host; their size is looked at twice a second, not enforced",
+    "files that were removed and are under way in a socket are not counted in that size",
     "processes are found by descent, not by a namespace: killing launcher and keeper at once leaves them running",
     "grading as an ordinary user: the number of processes is counted together with all others of that user",
     "without cgroups: memory in the buffers of sockets is not counted",

@@ -6,12 +6,18 @@ Standard library only. Sources: proc(5), and at each function the page of its fi
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from isolate.cgroups import Usage
 from isolate.sockets import SocketMemory
 
 _MAPS_SECONDS = 1.0
+_MAPS_BYTES = 512 << 10
+"""Some six thousand mappings: a hundred times what an interpreter has."""
+_PROPORTIONAL_SECONDS = 1.0
+DESCENT_SECONDS = 0.25
+_CAP_SYS_PTRACE = 19
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -37,7 +43,7 @@ class Sampler:
         helpers = [self._pid]
         for _ in range(self._helpers_below):
             helpers = [child for pid in helpers for child in children(pid)]
-        processes = descendants(helpers)
+        processes = descendants(helpers, DESCENT_SECONDS)
         memory = self._memory(processes)
         limit = "memory" if memory > self._limits["memory_bytes"] else None
         return Usage(memory, self._cpu([*helpers, *processes]), limit)
@@ -53,8 +59,9 @@ class Sampler:
         resident = sum(values.get(b"RssAnon", 0) + values.get(b"RssFile", 0) for values in status.values())
         if self._sockets is not None:
             apart += self._sockets.bytes()
-        if apart + resident > self._limits["memory_bytes"]:
-            resident = sum(_proportional(pid, status[pid]) for pid in pids)
+        if apart <= self._limits["memory_bytes"] < apart + resident:
+            deadline = time.monotonic() + _PROPORTIONAL_SECONDS
+            resident = sum(_proportional(pid, status[pid], deadline) for pid in pids)
         return apart + resident
 
     def _shared_mappings(self, pid: int, size: int) -> dict[bytes, int]:
@@ -63,8 +70,14 @@ class Sampler:
         if known and known[0] == size and time.monotonic() - known[1] < _MAPS_SECONDS:
             return known[2]
         mappings: dict[bytes, int] = {}
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            for line in _read(f"/proc/{pid}/maps").splitlines():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            try:
+                text = _read(f"/proc/{pid}/maps", _MAPS_BYTES + 1)
+            except PermissionError:  # what it shares, by its own count
+                return {b"of %d" % pid: _status(pid).get(b"RssShmem", 0)}
+            if len(text) > _MAPS_BYTES:  # reading on would take longer than others wait for their limits
+                mappings[b"of %d" % pid] = size
+            for line in text.splitlines():
                 if line.endswith(b"/dev/zero (deleted)"):
                     addresses, _, offset, device, inode = line.split(maxsplit=5)[:5]
                     first, last = (int(address, 16) for address in addresses.split(b"-"))
@@ -99,9 +112,29 @@ def _out_of_memory_kills() -> int:
     return 0
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, most: int = -1) -> bytes:
     with open(path, "rb") as file:
-        return file.read()
+        return file.read(most)
+
+
+@contextlib.contextmanager
+def as_user(uid: int | None) -> Iterator[None]:
+    """Look at the processes of this user as that user; for root in a container, who may not look into others'.
+
+    Whoever could signal us before still cannot: the real and the saved uid stay. kill(2), ptrace(2), credentials(7)
+    """
+    status = dict(line.split(b":", 1) for line in _read("/proc/self/status").splitlines())
+    if uid is None or int(status[b"CapEff"], 16) >> _CAP_SYS_PTRACE & 1:
+        yield
+        return
+    before = os.geteuid(), os.getegid()
+    os.setegid(uid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(before[0])
+        os.setegid(before[1])
 
 
 def children(pid: int) -> list[int]:
@@ -114,11 +147,12 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def descendants(roots: list[int]) -> list[int]:
-    """Everything below these, without them."""
+def descendants(roots: list[int], seconds: float = float("inf")) -> list[int]:
+    """Everything below these, without them; what is found in that time, since a fork bomb may have no end."""
     found: list[int] = []
+    deadline = time.monotonic() + seconds
     waiting = [child for root in roots for child in children(root)]
-    while waiting:
+    while waiting and time.monotonic() < deadline:
         pid = waiting.pop()
         found.append(pid)
         waiting.extend(children(pid))
@@ -136,8 +170,13 @@ def _status(pid: int) -> dict[bytes, int]:
     return values
 
 
-def _proportional(pid: int, status: dict[bytes, int]) -> int:
-    """What is resident without shared memory, pages shared with other processes in part. proc_pid_smaps(5)"""
+def _proportional(pid: int, status: dict[bytes, int], deadline: float) -> int:
+    """What is resident without shared memory, pages shared with other processes in part. proc_pid_smaps(5)
+
+    The kernel visits every page for it; after the deadline, shared pages count whole.
+    """
+    if time.monotonic() > deadline:
+        return status.get(b"RssAnon", 0) + status.get(b"RssFile", 0)
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         lines = (line.split() for line in _read(f"/proc/{pid}/smaps_rollup").splitlines())
         values = {words[0]: int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == b"kB"}

@@ -185,7 +185,7 @@ def _tier_plan(policy: Policy, command: Command, uid: int | None) -> dict[str, A
     extra = seccomp.landlock_tier_filter(
         connects=command.connects,
         truncates=landlock.abi() >= landlock.TRUNCATE_SINCE,
-        signals=landlock.abi() >= landlock.SCOPES_SINCE or uid is not None,
+        signals=landlock.abi() >= landlock.SCOPES_SINCE,
         shared_user=uid is None,
     )
     return {

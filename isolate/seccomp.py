@@ -100,7 +100,7 @@ _ODD_SOCKET_TYPES = (socket.SOCK_RDM, socket.SOCK_SEQPACKET, 6, 10)  # the last 
 _TERMINAL_INJECTION = (0x5412, 0x541C)
 _RLIMIT_CORE = 4
 _PR_SCHED_CORE = 62
-_F_NOTIFY = 1026
+_F_NOTIFY, _F_SETLEASE = 1026, 1024
 _SUID_BITS = (stat.S_ISUID, stat.S_ISGID)
 _MODE_ARGUMENT = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "creat": 1}
 _OPEN_ARGUMENTS = {"open": (1, 2), "openat": (2, 3)}  # name: (index of flags, index of mode)
@@ -199,6 +199,8 @@ def _refuse_by_argument(lib: Any) -> bytes:
     rules.add(lib.ERRNO(errno.EINVAL), "prctl", lib.Arg(0, lib.MASKED_EQ, low_word, _PR_SCHED_CORE))
     # Like inotify, an older watch on a directory that others share. fcntl(2)
     rules.add(lib.ERRNO(errno.EINVAL), "fcntl", lib.Arg(1, lib.MASKED_EQ, low_word, _F_NOTIFY))
+    # A lease on a file that others read stops them for /proc/sys/fs/lease-break-time, and tells who reads. fcntl(2)
+    rules.add(lib.ERRNO(errno.EINVAL), "fcntl", lib.Arg(1, lib.MASKED_EQ, low_word, _F_SETLEASE))
     # Nobody sets the limits of the room's init, which has to report and to pack.
     rules.add(refuse, "prlimit64", lib.Arg(0, lib.NE, 0))
     # TCP and UDP are all that a loopback needs; other protocols would have the host load modules. ip(7)
@@ -221,8 +223,10 @@ def _refuse_by_argument(lib: Any) -> bytes:
     return rules.export()
 
 
-_FS_IOC_SETFLAGS, _FS_IOC_FSSETXATTR, _FIOSETOWN, _SIOCSPGRP = 0x40086602, 0x401C5820, 0x8901, 0x8902
 _F_SETOWN, _F_SETOWN_EX = 8, 15
+_FALLOC_FL_KEEP_SIZE = 1
+_IOCTL_KIND, _IOCTL_KIND_OF_TERMINALS = range(8, 16), ord("T")
+_PR_SET_DUMPABLE = 4
 
 
 @functools.cache
@@ -239,15 +243,28 @@ def landlock_tier_filter(*, connects: bool, truncates: bool, signals: bool, shar
     refuse, low_word = lib.ERRNO(errno.EPERM), 0xFFFFFFFF
     for family in (socket.AF_INET, socket.AF_INET6):
         rules.add(lib.ERRNO(errno.EAFNOSUPPORT), "socket", lib.Arg(0, lib.EQ, family))
-    # Whoever may write a file by its mode may mark it, whatever Landlock says.
+    # Whoever may write a file by its mode may mark it, whatever Landlock says; and read its marks.
     refused = "inotify_add_watch inotify_init inotify_init1"
     refused += " setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr"
+    for name in "getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr".split():
+        rules.add(lib.ERRNO(errno.EOPNOTSUPP), name)
+    # Terminals, pipes and what every descriptor knows (FIONREAD, FIONBIO). Others change files through a descriptor
+    # for reading (FS_IOC_SETFLAGS, those of btrfs), and those of sockets tell the host's interfaces. ioctl(2)
+    for bit in _IOCTL_KIND:
+        wanted = _IOCTL_KIND_OF_TERMINALS << 8 & 1 << bit
+        rules.add(lib.ERRNO(errno.ENOTTY), "ioctl", lib.Arg(1, lib.MASKED_EQ, 1 << bit, wanted ^ 1 << bit))
+    # Space beyond a file's end, which no RLIMIT_FSIZE bounds. fallocate(2)
+    keep = _FALLOC_FL_KEEP_SIZE
+    rules.add(lib.ERRNO(errno.EOPNOTSUPP), "fallocate", lib.Arg(1, lib.MASKED_EQ, keep, keep))
+    # The launcher looks into the sandbox's processes for what they hold.
+    rules.add(refuse, "prctl", lib.Arg(0, lib.MASKED_EQ, low_word, _PR_SET_DUMPABLE), lib.Arg(1, lib.EQ, 0))
     for name in "utime utimes utimensat futimesat".split():
         rules.add(lib.ERRNO(0), name)  # answered as done: unpacking and copying end with these calls
     if not connects:
         refused += " connect"
         for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):  # to unix(7) both are datagrams, sent without connecting
-            rules.add(refuse, "socket", lib.Arg(0, lib.EQ, socket.AF_UNIX), lib.Arg(1, lib.MASKED_EQ, 0xF, kind))
+            for name in ("socket", "socketpair"):
+                rules.add(refuse, name, lib.Arg(0, lib.EQ, socket.AF_UNIX), lib.Arg(1, lib.MASKED_EQ, 0xF, kind))
     if not truncates:
         refused += " truncate"
     if not signals:
@@ -255,12 +272,8 @@ def landlock_tier_filter(*, connects: bool, truncates: bool, signals: bool, shar
         rules.add(refuse, "kill", lib.Arg(0, lib.NE, 0))
         for command in (_F_SETOWN, _F_SETOWN_EX):
             rules.add(refuse, "fcntl", lib.Arg(1, lib.MASKED_EQ, low_word, command))
-        for request in (_FIOSETOWN, _SIOCSPGRP):
-            rules.add(refuse, "ioctl", lib.Arg(1, lib.MASKED_EQ, low_word, request))
     if shared_user:
         refused += " chown fchown fchownat lchown"
-        for request in (_FS_IOC_SETFLAGS, _FS_IOC_FSSETXATTR):
-            rules.add(refuse, "ioctl", lib.Arg(1, lib.MASKED_EQ, low_word, request))
         # Answered as done, too; libzmq aborts without the last one.
         for name in "chmod fchmod fchmodat".split():
             rules.add(lib.ERRNO(0), name)

@@ -370,7 +370,9 @@ fd = os.open(sys.argv[1], os.O_RDONLY)
 asked = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
 say(flock=attempt(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB), seen=struct.unpack("hhqqi4x", asked)[0] != fcntl.F_UNLCK,
     pid=struct.unpack("hhqqi4x", asked)[4], inotify=syscall(native(294, 26), 0), fanotify=syscall(native(300, 262), 0, 0),
-    dnotify=attempt(fcntl.fcntl, os.open(os.path.dirname(sys.argv[1]), os.O_RDONLY), fcntl.F_NOTIFY, 1))
+    dnotify=attempt(fcntl.fcntl, os.open(os.path.dirname(sys.argv[1]), os.O_RDONLY), fcntl.F_NOTIFY, 1),
+    lease=attempt(fcntl.fcntl, os.open(sys.argv[1], os.O_RDONLY), 1024, fcntl.F_WRLCK),
+    read_lease=attempt(fcntl.fcntl, os.open(sys.argv[1], os.O_RDONLY), 1024, fcntl.F_RDLCK))
 """
 
 
@@ -386,7 +388,7 @@ def test_what_two_jobs_can_tell_each_other_through_a_shared_file(attacker: Attac
     assert said["pid"] == 0
     assert said["inotify"] == "ENOSYS"
     assert said["fanotify"] == "EPERM"
-    assert said["dnotify"] != "ok"
+    assert said["dnotify"] == said["lease"] == said["read_lease"] == "EINVAL"
 
 
 def test_the_lists_do_not_overlap_and_are_known() -> None:

@@ -18,6 +18,7 @@ import pytest
 from attacks.harness import Attacker, eventually, processes
 from isolate import confined, landlock
 from isolate.policy import LANDLOCK_GAPS, Bind, Limits, Policy, SandboxError, system_policy
+from isolate.sampler import Sampler
 from isolate.sandbox import Command, Sandbox
 
 MIB = 1 << 20
@@ -173,9 +174,11 @@ for family in range(1, 46):
         except OSError: pass
 stream = socket.socket(socket.AF_UNIX)
 say(open=tries, connect=attempt(stream.connect, "/run/dbus/system_bus_socket"), abstract=attempt(stream.connect, b"\\0x"),
-    send=attempt(stream.sendto, b"x", "/run/systemd/notify"))
+    send=attempt(stream.sendto, b"x", "/run/systemd/notify"),
+    pair=attempt(socket.socketpair, socket.AF_UNIX, socket.SOCK_DGRAM), raw=attempt(socket.socketpair, socket.AF_UNIX, 3))
 """,
     ).said
+    assert said["pair"] == said["raw"] == "EPERM"  # each end could send to any path
     assert set(said["open"]) <= {"1 1", "1 5"}
     assert said["connect"] == said["abstract"] == "EPERM"
     assert said["send"] != "ok"
@@ -214,6 +217,105 @@ def test_limits_hold(tier: Tier, limit: str) -> None:
     outcome = tier.run(code, limits={"wall_seconds": 25, "processes": 20, **limits})
     assert outcome.limit == limit, outcome
     assert eventually(tier.is_empty)
+
+
+_HIDDEN_FILES = {
+    "nameless": "files = []\nfor n in range(9):\n    files.append(open('f', 'wb', 0)); os.unlink('f'); files[-1].write(b'x' * (2 << 20))",
+    "only mapped": """
+import mmap
+maps = []
+for n in range(9):
+    with open('f', 'w+b') as f: f.write(b'x' * (2 << 20)); f.flush(); maps.append(mmap.mmap(f.fileno(), 2 << 20))
+    os.unlink('f')""",
+    "in a directory that cannot be listed": "os.mkdir('d', 0o300)\nfor n in range(9): open(f'd/{n}', 'wb').write(b'x' * (2 << 20))",
+    "by a program that cannot be read": """
+import shutil
+with open('/usr/bin/sleep', 'rb') as f: program = f.read()
+with open('sleep', 'wb', opener=lambda name, flags: os.open(name, flags, 0o100)) as f: f.write(program)
+for n in range(9):
+    f = os.open('f', os.O_CREAT | os.O_WRONLY); os.set_inheritable(f, True); os.unlink('f'); os.write(f, b'x' * (2 << 20))
+os.execv('sleep', ['sleep', '20'])""",
+}  # fmt: skip
+
+
+@pytest.mark.threat(20, 39)
+@pytest.mark.parametrize("person", ["root", "user"], indirect=True)
+@pytest.mark.parametrize("files", _HIDDEN_FILES)
+def test_files_cannot_be_hidden_from_their_limit(tier: Tier, files: str) -> None:
+    outcome = tier.run(_HIDDEN_FILES[files] + "\ntime.sleep(20)", limits={"wall_seconds": 15, "files_bytes": 8 * MIB})
+    assert outcome.limit == "files" or (outcome.report or {}).get("signal") == signal.SIGKILL, outcome
+    assert eventually(tier.is_empty)
+
+
+@pytest.mark.threat(15, 20)
+@pytest.mark.parametrize("person", ["root", "user"], indirect=True)
+def test_descriptors_do_no_more_than_their_files_allow(tier: Tier) -> None:
+    secret = tier.attacker.write(tier.attacker.elsewhere("course") / "notes", "x", 0o666)
+    os.setxattr(secret, "user.k", b"topsecret")
+    said = tier.run(
+        """
+import fcntl, socket
+own = os.open("own", os.O_CREAT | os.O_RDWR); shown = os.open(sys.executable, os.O_RDONLY)
+def ioctl(fd, number): return attempt(fcntl.ioctl, fd, number, bytes(64))
+say(keep=syscall(native(285, 47), own, 1, 0, 1 << 30), size=os.fstat(own).st_blocks,
+    lease=attempt(fcntl.fcntl, shown, 1024, 0), own_lease=attempt(fcntl.fcntl, own, 1024, 0), dumpable=syscall(native(157, 167), 4, 0, 0, 0, 0),
+    flags=ioctl(shown, 0x40086602), subvolume=ioctl(shown, 0x5000940E), verity=ioctl(shown, 0x40806685),
+    interfaces=ioctl(socket.socket(1).fileno(), 0x8912), read=attempt(os.getxattr, sys.argv[1], "user.k"), list=attempt(os.listxattr, sys.argv[1]),
+    pipe=attempt(fcntl.ioctl, os.pipe()[0], 0x541B, bytes(4)))
+""",
+        str(secret),
+    ).said
+    assert said.pop("pipe") == "ok"
+    assert said.pop("size") == 0
+    assert set(said.values()) <= {"EOPNOTSUPP", "ENOTSUP", "EINVAL", "EPERM", "ENOTTY"}, said
+
+
+@pytest.mark.threat(23, 29)
+@pytest.mark.parametrize("person", ["root", "user"], indirect=True)
+def test_a_fork_bomb_does_not_outrun_its_end(tier: Tier) -> None:
+    """Processes that live for the time of one fork: whoever kills one after another is always late."""
+    code = """
+for _ in range(4): os.fork()
+while True:
+    try:
+        if os.fork(): os._exit(0)
+    except OSError: pass
+"""
+    running = tier.run("if os.fork():\n    time.sleep(60)\n" + code, limits={"wall_seconds": 3, "processes": 60})
+    assert running.limit == "wall", running
+    assert running.report is not None
+    assert running.report["wall_seconds"] < 12
+    assert eventually(tier.is_empty)
+
+
+def test_removing_follows_no_link(tmp_path: Path) -> None:
+    """What a process that outlived both of ours could put where a directory was a moment ago."""
+    target = tmp_path / "target"
+    target.mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to(target)
+    top = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match="link"):
+            confined._open_directory("link", top)
+    finally:
+        os.close(top)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+def test_too_many_mappings_count_whole_and_are_not_read_to_their_end() -> None:
+    code = """
+import mmap, sys
+whole = mmap.mmap(-1, 400 << 20, prot=mmap.PROT_READ)
+maps = [mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=1 + 2 * (n % 2)) for n in range(20000)]
+print("up", flush=True); sys.stdin.read()
+"""
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        usage = Sampler(process.pid, {"memory_bytes": 300 * MIB}, helpers_below=0, sockets=None).sample()
+        process.communicate(b"")
+    assert usage.limit == "memory"
 
 
 def test_too_many_files_end_it(tier: Tier) -> None:
@@ -332,12 +434,15 @@ def test_a_notebook_runs_as_usual(tier: Tier) -> None:
 def test_stale_directories_of_the_living_stay(parent: Path) -> None:
     limits = dataclasses.asdict(Limits())
     mine = confined.PrivateDirectory.make(str(parent), None, limits)
-    stale = parent / "isolate-999999999-5-abc"
-    stale.mkdir()
-    for path in (mine.path, stale):
-        os.utime(path, (1, 1))
+    stale = parent / f"isolate-999999999-5-{confined._numbering()}abc"
+    elsewhere = parent / "isolate-999999999-5-01234567abc"  # made in another PID namespace, or on another host
+    for path in (stale, elsewhere):
+        path.mkdir()
+    for old in (mine.path, stale, elsewhere):
+        os.utime(old, (1, 1))
     again = confined.PrivateDirectory.make(str(parent), None, limits)
-    assert sorted(map(str, parent.iterdir())) == sorted([mine.path, again.path])
+    assert sorted(map(str, parent.iterdir())) == sorted([mine.path, again.path, str(elsewhere)])
+    elsewhere.rmdir()
     assert time.time() - os.stat(again.path).st_mtime < 60
     mine.remove()
     again.remove()
