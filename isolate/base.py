@@ -59,9 +59,12 @@ def open_trees_as_root(plan: Plan) -> Trees | None:
     try:
         return open_trees(plan)
     except room.BuildError as error:
-        if error.error_number == errno.EPERM:
-            return None
-        raise
+        if error.error_number != errno.EPERM:
+            raise
+        if any(entry["kind"] == "writable" for entry in plan["mounts"]):
+            remedy = "run it as an ordinary user, or show nothing writable"
+            raise room.BuildError("writable paths", "root without CAP_SYS_ADMIN cannot show any", remedy) from error
+        return None
 
 
 def _make_writable(plan: Plan, entry: dict[str, Any], tree: int) -> None:
@@ -83,11 +86,13 @@ def _id_map_namespace(uids: tuple[int, int], gids: tuple[int, int]) -> int:
     hold_end, hold = os.pipe()
     pid = os.fork()
     if pid == 0:
-        syscalls.unshare(syscalls.CLONE_NEWUSER)
-        os.write(ready_end, b"x")
-        os.close(hold)
-        os.read(hold_end, 1)
-        os._exit(0)
+        try:
+            syscalls.unshare(syscalls.CLONE_NEWUSER)
+            os.write(ready_end, b"x")
+            os.close(hold)
+            os.read(hold_end, 1)
+        finally:
+            os._exit(0)
     try:
         os.close(ready_end)
         os.read(ready, 1)

@@ -20,6 +20,8 @@ _HELPERS = 8
 """Processes of ours in the group: two outers, two inits, and a few under way."""
 _HELPERS_BYTES = 16 << 20
 """Private memory of those."""
+_BATCH_BYTES = 1 << 20
+"""The kernel takes from a limit in batches for each processor."""
 _TCP_BYTES = 64 << 20
 """Version 1 counts buffers of TCP apart."""
 _STALE_SECONDS = 60.0
@@ -83,7 +85,10 @@ class Group:
     @property
     def layer(self) -> str:
         """For the report: what counts in total."""
-        names = sorted(self._directories) if self._version == 1 else ["cpu", "memory", "pids"]
+        names = sorted(self._directories)
+        if self._version == 2:
+            controllers = set(_read(self._file("cgroup.controllers")).split())
+            names = sorted(controllers & {"cpu", "memory", "pids"})
         return f"limits in total: cgroup v{self._version} ({', '.join(names)})"
 
     def configure(self) -> None:
@@ -144,10 +149,13 @@ class Group:
         return _table(self._file("memory.events", "memory.oom_control")).get("oom_kill", 0)
 
     def _refused(self) -> bool:
-        """Whether our own limit was ever met."""
+        """Whether our own limit was ever met; in version 1, also when the page cache could make room."""
         if self._version == 2:
-            return _table(self._file("memory.events")).get("max", 0) > 0
-        return any(int(_read(self._file(name)) or 0) for name in ("memory.failcnt", "memory.memsw.failcnt"))
+            return _table(self._file("memory.events")).get("oom", 0) > 0
+        most, limit = (
+            int(_read(self._file(f"memory.{name}")) or 0) for name in ("max_usage_in_bytes", "limit_in_bytes")
+        )
+        return most >= limit - _BATCH_BYTES  # memory.failcnt does not count on every kernel (6.18)
 
     def remove(self) -> None:
         """Kill whatever is in the group and remove it. Safe to call again."""
@@ -155,6 +163,8 @@ class Group:
         for directory in dict.fromkeys(self._directories.values()):
             while os.path.isdir(directory) and time.monotonic() < deadline:
                 for pid in _read(f"{directory}/cgroup.procs").split():
+                    if pid == "0":
+                        continue  # of a PID namespace that is not below ours
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(int(pid), signal.SIGKILL)
                 try:
@@ -209,16 +219,14 @@ def _controls(place: str) -> bool:
     """Whether groups below this one can have limits of memory and processes, if need be after asking for it."""
     if not os.access(place, os.W_OK) or not os.access(f"{place}/cgroup.procs", os.W_OK):
         return False
-    if set(_read(f"{place}/cgroup.subtree_control").split()) >= _V2_NEEDED:
-        return True
     available = set(_read(f"{place}/cgroup.controllers").split())
     if not available >= _V2_NEEDED:
         return False
-    with contextlib.suppress(OSError):  # EBUSY: processes lie in it
-        wanted = (_V2_NEEDED | {"cpu"}) & available
-        _write(f"{place}/cgroup.subtree_control", " ".join(f"+{controller}" for controller in sorted(wanted)))
-        return True
-    return False
+    wanted = (_V2_NEEDED | {"cpu"}) & available
+    if not set(_read(f"{place}/cgroup.subtree_control").split()) >= wanted:
+        with contextlib.suppress(OSError):  # EBUSY: processes lie in it
+            _write(f"{place}/cgroup.subtree_control", " ".join(f"+{controller}" for controller in sorted(wanted)))
+    return set(_read(f"{place}/cgroup.subtree_control").split()) >= _V2_NEEDED
 
 
 def _create_v1(found: list[Hierarchy], name: str, limits: dict[str, Any]) -> Group | None:

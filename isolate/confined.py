@@ -20,7 +20,6 @@ Standard library only. Nothing here returns to its caller after a fork.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -35,7 +34,7 @@ from typing import Any, NoReturn
 from isolate import landlock, room, syscalls
 from isolate.cgroups import start_time
 from isolate.room import BuildError, step
-from isolate.sampler import DESCENT_SECONDS, as_user, descendants
+from isolate.sampler import as_user, descendants, most_processes, tasks
 
 Plan = dict[str, Any]
 
@@ -45,7 +44,9 @@ _STALE_SECONDS = 60.0
 _FILES_SAMPLE_SECONDS = 0.5
 _HOME = "/home/student"
 _SCOPE_SIGNAL = 2
-_MAPS_BYTES = 1 << 20
+_MAPS_BYTES = 8 << 20
+_MOST_LEVELS = 200
+_MOST_KILLS = 100_000
 
 
 class PrivateDirectory:
@@ -54,7 +55,7 @@ class PrivateDirectory:
     def __init__(self, path: str, limits: dict[str, Any]) -> None:
         self.path, self._limits = path, limits
         self._next = time.monotonic() + _FILES_SAMPLE_SECONDS
-        self._unreadable = False
+        self._unreadable: set[int] = set()
 
     @classmethod
     def make(cls, parent: str, uid: int | None, limits: dict[str, Any]) -> "PrivateDirectory":
@@ -76,8 +77,8 @@ class PrivateDirectory:
             os.mkdir(f"{path}/{name}", 0o700)
         if uid is not None:
             os.chmod(path, 0o711)  # ours, so that we know it again; what is in it is the sandbox's
-            for name in ("home", "home/work", "tmp", "run"):
-                os.chown(f"{path}/{name}", uid, uid)
+            for name in ("home/work", "home", "tmp", "run"):
+                os.chown(f"{path}/{name}", uid, uid, follow_symlinks=False)
         return cls(path, limits)
 
     def is_full(self, keeper: int, uid: int | None) -> bool:
@@ -85,60 +86,78 @@ class PrivateDirectory:
         started = time.monotonic()
         if started < self._next:
             return False
-        device = os.stat(self.path).st_dev
         most: int = self._limits["files_bytes"]
         most_files: int = self._limits["files_count"]
         with as_user(uid):
-            nameless = self._held_without_a_name(descendants([keeper], DESCENT_SECONDS), device)
+            nameless = self._held_without_a_name(list(descendants([keeper], most_processes(self._limits))))
         taken, count = sum(nameless.values()), len(nameless)
-        waiting = [self.path]
-        while waiting and taken <= most and count <= most_files:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it changes while we look
-                try:
-                    directory = _open_directory(waiting[-1])
-                except OSError as error:
-                    if error.errno in {errno.ENAMETOOLONG, errno.EMFILE}:
-                        return True
-                    waiting.pop()
-                    continue
-                above = waiting.pop()
-                try:
-                    with os.scandir(directory) as entries:
-                        for entry in entries:
-                            status = entry.stat(follow_symlinks=False)
-                            taken += status.st_blocks * 512
-                            count += 1
-                            if stat.S_ISDIR(status.st_mode):
-                                waiting.append(f"{above}/{entry.name}")
-                finally:
-                    os.close(directory)
+        for status in self._walk():
+            if status is None:
+                return True  # deeper than honest trees are
+            taken += status.st_blocks * 512
+            count += 1
+            if taken > most or count > most_files:
+                return True
         now = time.monotonic()
         self._next = now + max(_FILES_SAMPLE_SECONDS, 3 * (now - started))
-        return taken > most or count > most_files
+        return False
 
-    def _held_without_a_name(self, pids: list[int], device: int) -> dict[int, int]:
-        """Bytes on this device of files that were removed while a process held them: inode -> bytes.
+    def _walk(self) -> Iterator[os.stat_result | None]:
+        """Everything in it, by descriptors from the top: what is swapped for a link meanwhile leads nowhere.
+
+        None for a directory that lies too deep to be looked into.
+        """
+        waiting: list[tuple[str, ...]] = [()]
+        while waiting:
+            parts = waiting.pop()
+            if len(parts) > _MOST_LEVELS:
+                yield None
+            try:
+                directory = self._open_below(parts)
+            except OSError:  # it changes while we look
+                continue
+            try:
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        with contextlib.suppress(FileNotFoundError):
+                            status = entry.stat(follow_symlinks=False)
+                            yield status
+                            if stat.S_ISDIR(status.st_mode):
+                                waiting.append((*parts, entry.name))
+            finally:
+                os.close(directory)
+
+    def _open_below(self, parts: tuple[str, ...]) -> int:
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        for name in parts:
+            above = directory
+            try:
+                directory = _open_directory(name, above)
+            finally:
+                os.close(above)
+        return directory
+
+    def _held_without_a_name(self, pids: list[int]) -> dict[int, int]:
+        """Bytes of files of ours that were removed while a process held them: inode -> bytes.
 
         Who executes a program that its user may execute but not read cannot be looked into, and is killed.
         """
         found: dict[int, int] = {}
-        unreadable = []
+        unreadable = set()
         for pid in pids:
             try:
-                for status in _open_files(pid):
-                    if status.st_nlink == 0 and status.st_dev == device and stat.S_ISREG(status.st_mode):
-                        found[status.st_ino] = status.st_blocks * 512
-                for inode, size in _mapped_without_a_name(pid, device):
+                for status in _removed_files(pid, f"{self.path}/"):
+                    found[status.st_ino] = status.st_blocks * 512
+                for inode, size in _removed_mappings(pid, f"{self.path}/"):
                     found.setdefault(inode, size)
             except PermissionError:
-                unreadable.append(pid)
+                unreadable.add(pid)
             except (FileNotFoundError, ProcessLookupError):
                 continue
-        if self._unreadable:  # the second time: the command itself cannot be looked into for a moment before it starts
-            for pid in unreadable:
-                with contextlib.suppress(PermissionError, ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        self._unreadable = bool(unreadable)
+        for pid in unreadable & self._unreadable:  # seen twice: any can be closed for a moment before it starts
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._unreadable = unreadable
         return found
 
     def remove(self) -> None:
@@ -150,11 +169,10 @@ class PrivateDirectory:
             top = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return
-        number = 0
         try:
             while names := os.listdir(top):
                 for name in names:
-                    number = _remove_flat(top, name, number)
+                    _remove_flat(top, name)
             os.rmdir(self.path)
         finally:
             os.close(top)
@@ -170,23 +188,21 @@ def _numbering() -> str:
     return hashlib.sha256(boot + os.readlink("/proc/self/ns/pid").encode()).hexdigest()[:8]
 
 
-def _remove_flat(top: int, name: str, number: int) -> int:
+def _remove_flat(top: int, name: str) -> None:
     if not stat.S_ISDIR(os.stat(name, dir_fd=top, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=top)
-        return number
+        return
     directory = _open_directory(name, top)
     try:
         for child in os.listdir(directory):
             if stat.S_ISDIR(os.stat(child, dir_fd=directory, follow_symlinks=False).st_mode):
                 os.close(_open_directory(child, directory))
-                number += 1
-                os.rename(child, f"isolate-removed-{number}", src_dir_fd=directory, dst_dir_fd=top)
+                os.rename(child, f"isolate-removed-{os.urandom(8).hex()}", src_dir_fd=directory, dst_dir_fd=top)
             else:
                 os.unlink(child, dir_fd=directory)
     finally:
         os.close(directory)
     os.rmdir(name, dir_fd=top)
-    return number
 
 
 def _open_directory(name: str, above: int | None = None) -> int:
@@ -204,24 +220,33 @@ def _open_directory(name: str, above: int | None = None) -> int:
         os.close(place)
 
 
-def _open_files(pid: int) -> Iterator[os.stat_result]:
-    with os.scandir(f"/proc/{pid}/fd") as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                yield entry.stat()
+def _removed_files(pid: int, place: str) -> Iterator[os.stat_result]:
+    """Of this place, held open by any of its threads: they need not share their descriptors. proc_pid_fd(5)"""
+    for task in tasks(pid):
+        with os.scandir(f"/proc/{pid}/task/{task}/fd") as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.readlink(entry.path).startswith(place):
+                        status = entry.stat()
+                        if status.st_nlink == 0 and stat.S_ISREG(status.st_mode):
+                            yield status
 
 
-def _mapped_without_a_name(pid: int, device: int) -> Iterator[tuple[int, int]]:
-    """Removed files that only a mapping holds, up to where it is mapped. proc_pid_maps(5)"""
-    with open(f"/proc/{pid}/maps", "rb") as file:
-        text = file.read(_MAPS_BYTES)
-    wanted = b"%02x:%02x" % (os.major(device), os.minor(device))
-    for line in text.splitlines():
-        if line.endswith(b" (deleted)"):
-            addresses, _, offset, where, inode = line.split(maxsplit=5)[:5]
-            if where == wanted:
-                first, last = (int(address, 16) for address in addresses.split(b"-"))
-                yield int(inode), int(offset, 16) + last - first
+def _removed_mappings(pid: int, place: str) -> Iterator[tuple[int, int]]:
+    """Of this place, held by a mapping, up to where it is mapped: inode, bytes. proc_pid_maps(5)"""
+    for task in tasks(pid):
+        with open(f"/proc/{pid}/task/{task}/maps", "rb") as file:
+            text = file.read(_MAPS_BYTES + 1)
+        if len(text) > _MAPS_BYTES:
+            raise PermissionError("more mappings than can be looked at")
+        for line in text.splitlines():
+            if line.endswith(b" (deleted)"):
+                addresses, _, offset, _, inode, path = line.split(maxsplit=5)
+                if path.startswith(os.fsencode(place)):
+                    first, last = (int(address, 16) for address in addresses.split(b"-"))
+                    yield int(inode), int(offset, 16) + last - first
+        if text:
+            return  # threads share their memory; the first one shows none when it has ended
 
 
 def run_outer(plan: Plan, box: socket.socket, private: str, leave_launcher: Callable[[int], None]) -> NoReturn:
@@ -267,7 +292,7 @@ def _close_last_walls(plan: Plan, rules: list[landlock.Rule]) -> None:
 
 
 def _kill_below() -> None:
-    for pid in descendants([os.getpid()]):
+    for pid in descendants([os.getpid()], _MOST_KILLS):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

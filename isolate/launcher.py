@@ -58,12 +58,17 @@ class Watch:
     def seconds_left(self) -> float:
         return max(0.0, float(self._limits["wall_seconds"]) - self.wall_seconds)
 
-    def take(self) -> str | None:
-        """The name of the limit that is reached now, or None."""
+    def count(self) -> cgroups.Usage:
+        """One sample of memory and processor time."""
         with as_user(self._uid if isinstance(self._counter, Sampler) else None):
             usage = self._counter.sample()
         self.memory_peak_bytes = max(self.memory_peak_bytes, usage.memory_bytes)
         self.cpu_seconds = max(self.cpu_seconds, usage.cpu_seconds)
+        return usage
+
+    def take(self) -> str | None:
+        """The name of the limit that is reached now, or None."""
+        usage = self.count()
         if usage.limit:
             return usage.limit
         if usage.cpu_seconds > self._limits["cpu_seconds"]:
@@ -205,9 +210,18 @@ def _make_private(plan: Plan) -> confined.PrivateDirectory | None:
 def _run(plan: Plan, box: socket.socket) -> dict[str, Any]:
     """Build, watch, kill, clean up; what there is to say at the end. Raises `BuildError`."""
     started = time.monotonic()
-    private = _make_private(plan)
-    group = cgroups.create(plan["limits"])
-    leftovers = Leftovers([thing for thing in (group, private) if thing is not None])
+    things: list[cgroups.Group | confined.PrivateDirectory] = []
+    try:
+        private = _make_private(plan)
+        things += [private] if private else []
+        group = cgroups.create(plan["limits"])
+        things[:0] = [group] if group else []
+        with step("limits", "start a guard"):
+            leftovers = Leftovers(things)
+    except BaseException:
+        for thing in things:
+            thing.remove()
+        raise
     diagnostics, diagnostics_end = socket.socketpair()
     try:
         with diagnostics_end:
@@ -224,9 +238,10 @@ def _run(plan: Plan, box: socket.socket) -> dict[str, Any]:
         if private:
             _let_keeper_kill(pid)
         _kill_children(leftovers.guard)
-        watch.take()
+        watch.count()
         killed_by_host = counter.killed_by_host()
     finally:
+        _kill_children(leftovers.guard)  # an error of ours must not leave a keeper, for whose end the guard waits
         leftovers.close()
     return {
         "limit": limit,

@@ -35,6 +35,9 @@ LANDLOCK_GAPS = (
     "files that were removed and are under way in a socket are not counted in that size",
     "processes are found by descent, not by a namespace: killing launcher and keeper at once leaves them running",
     "grading as an ordinary user: the number of processes is counted together with all others of that user",
+    "student code can listen on abstract unix names of the host, so that a local user who connects could talk with it",
+    "the driver, should a kernel ever take it over, can connect to unix sockets of the host as the grading user",
+    "before Linux 6.12: processes are ended one after another, which a chain of forks may outrun",
     "without cgroups: memory in the buffers of sockets is not counted",
     "files that can be read can be locked (flock) by one job and seen locked by another",
 )

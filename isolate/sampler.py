@@ -4,6 +4,7 @@ Standard library only. Sources: proc(5), and at each function the page of its fi
 """
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ _MAPS_SECONDS = 1.0
 _MAPS_BYTES = 512 << 10
 """Some six thousand mappings: a hundred times what an interpreter has."""
 _PROPORTIONAL_SECONDS = 1.0
-DESCENT_SECONDS = 0.25
+_MOST_MISSED = 10_000
 _CAP_SYS_PTRACE = 19
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -34,6 +35,7 @@ class Sampler:
         self._pid, self._limits, self._helpers_below = pid, limits, helpers_below
         self._sockets = sockets
         self._seen: dict[int, float] = {}
+        self._missed: dict[int, float] = {}
         self._ended_cpu_seconds = 0.0
         self._mapped: dict[int, tuple[int, float, dict[bytes, int]]] = {}
         self._kills_before = _out_of_memory_kills()
@@ -43,13 +45,13 @@ class Sampler:
         helpers = [self._pid]
         for _ in range(self._helpers_below):
             helpers = [child for pid in helpers for child in children(pid)]
-        processes = descendants(helpers, DESCENT_SECONDS)
+        processes = list(descendants(helpers, most_processes(self._limits)))
         memory = self._memory(processes)
         limit = "memory" if memory > self._limits["memory_bytes"] else None
         return Usage(memory, self._cpu([*helpers, *processes]), limit)
 
     def _memory(self, pids: list[int]) -> int:
-        status = {pid: _status(pid) for pid in pids}
+        status = dict(map(_status_of_living_thread, pids))
         shared: dict[bytes, int] = {}
         for pid, values in status.items():
             for mapping, size in self._shared_mappings(pid, values.get(b"VmSize", 0)).items():
@@ -61,7 +63,7 @@ class Sampler:
             apart += self._sockets.bytes()
         if apart <= self._limits["memory_bytes"] < apart + resident:
             deadline = time.monotonic() + _PROPORTIONAL_SECONDS
-            resident = sum(_proportional(pid, status[pid], deadline) for pid in pids)
+            resident = sum(_proportional(pid, values, deadline) for pid, values in status.items())
         return apart + resident
 
     def _shared_mappings(self, pid: int, size: int) -> dict[bytes, int]:
@@ -100,9 +102,16 @@ class Sampler:
         for pid in pids:
             own[pid], children = _cpu(pid)
             with_children += own[pid] + children
-        self._ended_cpu_seconds += sum(value for pid, value in self._seen.items() if pid not in own)
+        self._missed.update((pid, seconds) for pid, seconds in self._seen.items() if pid not in own)
+        for pid in own.keys() & self._missed.keys():
+            seconds = self._missed.pop(pid)
+            if own[pid] < seconds:  # another process, of the same number; else it was only overlooked
+                self._ended_cpu_seconds += seconds
+        if len(self._missed) > _MOST_MISSED:
+            self._ended_cpu_seconds += sum(self._missed.values())
+            self._missed.clear()
         self._seen = own
-        return max(with_children, sum(own.values()) + self._ended_cpu_seconds)
+        return max(with_children, sum(own.values()) + sum(self._missed.values()) + self._ended_cpu_seconds)
 
 
 def _out_of_memory_kills() -> int:
@@ -123,40 +132,64 @@ def as_user(uid: int | None) -> Iterator[None]:
 
     Whoever could signal us before still cannot: the real and the saved uid stay. kill(2), ptrace(2), credentials(7)
     """
-    status = dict(line.split(b":", 1) for line in _read("/proc/self/status").splitlines())
-    if uid is None or int(status[b"CapEff"], 16) >> _CAP_SYS_PTRACE & 1:
+    if uid is None or _may_look_into_others():
         yield
         return
     before = os.geteuid(), os.getegid()
-    os.setegid(uid)
-    os.seteuid(uid)
     try:
+        os.setegid(uid)
+        os.seteuid(uid)
         yield
     finally:
         os.seteuid(before[0])
         os.setegid(before[1])
 
 
+@functools.cache
+def _may_look_into_others() -> bool:
+    status = dict(line.split(b":", 1) for line in _read("/proc/self/status").splitlines())
+    return bool(int(status[b"CapEff"], 16) >> _CAP_SYS_PTRACE & 1)
+
+
 def children(pid: int) -> list[int]:
     """Pids of the children of all its threads. proc_pid_task(5): children"""
     found: list[int] = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                found.extend(int(child) for child in _read(f"/proc/{pid}/task/{task}/children").split())
+    for task in tasks(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            found.extend(int(child) for child in _read(f"/proc/{pid}/task/{task}/children").split())
     return found
 
 
-def descendants(roots: list[int], seconds: float = float("inf")) -> list[int]:
-    """Everything below these, without them; what is found in that time, since a fork bomb may have no end."""
-    found: list[int] = []
-    deadline = time.monotonic() + seconds
+def tasks(pid: int) -> list[int]:
+    """Its threads; none when it has ended, or must not be looked at (hidepid). proc(5)"""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        return [int(task) for task in os.listdir(f"/proc/{pid}/task")]
+    return []
+
+
+def most_processes(limits: dict[str, Any]) -> int:
+    """How many processes to look at: more than there can be at one time, since a fork bomb may have no end."""
+    return 4 * int(limits["processes"]) + 64
+
+
+def descendants(roots: list[int], most: int) -> Iterator[int]:
+    """Everything below these, without them."""
     waiting = [child for root in roots for child in children(root)]
-    while waiting and time.monotonic() < deadline:
+    while waiting and most > 0:
         pid = waiting.pop()
-        found.append(pid)
+        most -= 1
+        yield pid
         waiting.extend(children(pid))
-    return found
+
+
+def _status_of_living_thread(pid: int) -> tuple[int, dict[bytes, int]]:
+    """What `_status` says, through another thread where the first one has ended: it shows no memory any more."""
+    values = _status(pid)
+    if b"VmRSS" not in values:
+        for task in tasks(pid):
+            if b"VmRSS" in (through := _status(task)):
+                return task, through
+    return pid, values
 
 
 def _status(pid: int) -> dict[bytes, int]:

@@ -50,7 +50,7 @@ from isolate.policy import HOME, LANDLOCK_GAPS, WORK, Bind, Policy, Report, Sand
 
 _WRITABLE_PLACES = ("/tmp", HOME, "/dev/shm")
 _MAX_EVENT_BYTES = 65_536
-_LONGEST_PARENT = 50
+_LONGEST_PARENT = 44
 
 _ETC = {
     "/etc/passwd": f"student:x:1000:1000:student:{HOME}:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
@@ -182,6 +182,11 @@ def _tier_plan(policy: Policy, command: Command, uid: int | None) -> dict[str, A
     for bind in (*policy.read_only, *policy.writable):
         if bind.source != bind.target:
             raise SandboxError("policy", f"the landlock tier cannot show {bind.source} at another place")
+    writable = [os.path.realpath(bind.source) for bind in policy.writable]
+    for path in (*(bind.source for bind in policy.read_only), *policy.hidden):
+        if any(_is_below(os.path.realpath(path), place) for place in writable):
+            cause = f"the landlock tier cannot protect {path} below something writable: its rules only add"
+            raise SandboxError("policy", cause, "show less writable, or use the namespaces tier")
     extra = seccomp.landlock_tier_filter(
         connects=command.connects,
         truncates=landlock.abi() >= landlock.TRUNCATE_SINCE,
@@ -192,7 +197,7 @@ def _tier_plan(policy: Policy, command: Command, uid: int | None) -> dict[str, A
         "tier": policy.tier,
         "tier_visible": [str(bind.source) for bind in (*policy.read_only, *policy.writable)],
         "tier_read_only": list(dict.fromkeys(os.path.realpath(bind.source) for bind in policy.read_only)),
-        "tier_writable": [os.path.realpath(bind.source) for bind in policy.writable],
+        "tier_writable": writable,
         "tier_hidden": [os.path.realpath(path) for path in policy.hidden],
         "tier_seccomp": [base64.b64encode(extra).decode()],
         "private_parent": _private_parent(uid),

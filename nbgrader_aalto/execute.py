@@ -361,7 +361,7 @@ class IsolatedExecute(Execute):
                 self.log.warning("c.Execute.%s is not called: cells run in a sandbox", name)
 
 
-_LASTING = frozenset({"policy", "environment", "seccomp", "landlock", "user namespace", "namespaces"})
+_LASTING = frozenset({"policy", "environment", "seccomp", "landlock", "user namespace"})
 """Layers that are missing the second time, too."""
 
 

@@ -126,6 +126,22 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """,
+    "behind a thread": """
+import threading
+go = threading.Event()
+def hoard():
+    go.wait()
+    time.sleep(0.3)
+    global x
+    x = bytearray(b"x") * (60 << 20)
+    time.sleep(60)
+for _ in range(8):
+    if os.fork() == 0:
+        threading.Thread(target=hoard).start()
+        go.set()
+        syscall(native(60, 93), 0)  # the first thread ends, and with it what /proc/PID shows of the memory
+"""
+    + "time.sleep(5)",
     "page tables": """
 import mmap
 kept = []

@@ -254,7 +254,7 @@ def read(name):
 mode = ctypes.c_int(-1)
 say(fds=[fd for fd in range(1024) if attempt(os.fstat, fd) == "ok"], environment=dict(os.environ), cwd=os.getcwd(),
     umask=os.umask(0), blocked=int(status["SigBlk"], 16), pending=int(status["SigPnd"], 16) | int(status["ShdPnd"], 16),
-    ignored=int(status["SigIgn"], 16), tty=int(stat[4]), devtty=attempt(open, "/dev/tty"), leader=os.getsid(0) == os.getpgrp() == os.getpid(),
+    ignored=int(status["SigIgn"], 16) & ~(3 << 31), tty=int(stat[4]), devtty=attempt(open, "/dev/tty"), leader=os.getsid(0) == os.getpgrp() == os.getpid(),
     policy=os.sched_getscheduler(0), personality=libc.syscall(ctypes.c_long(native(135, 92)), ctypes.c_long(0xffffffff)), securebits=prctl(27), keepcaps=prctl(7), timerslack=prctl(30),
     thp=prctl(42), death=attempt(lambda: None), dumpable=prctl(3), mce=prctl(34), timers=[timer(n) for n in range(3)],
     oom=int(read("oom_score_adj")), cgroup=read("cgroup"), hostname=os.uname().nodename, domain=os.uname()[1], timens=read("timens_offsets"),

@@ -63,6 +63,16 @@ def test_what_it_cannot_show_is_refused(tmp_path: Path) -> None:
         Sandbox(policy, Command(["true"])).__enter__()
 
 
+@pytest.mark.parametrize("kind", ["hidden", "read_only"])
+def test_what_cannot_be_protected_below_something_writable_is_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "inside").mkdir()
+    inside = tmp_path / "inside"
+    policy = dataclasses.replace(_policy(), writable=(Bind(tmp_path),))
+    change = {"hidden": (inside,)} if kind == "hidden" else {"read_only": (*policy.read_only, Bind(inside))}
+    with pytest.raises(SandboxError, match="below something writable"):
+        Sandbox(dataclasses.replace(policy, **change), Command(["true"])).__enter__()  # type: ignore[arg-type]
+
+
 def test_without_landlock_there_is_no_tier() -> None:
     """A real refusal: a filter that makes Landlock's calls answer ENOSYS, in a process of its own."""
     code = """
@@ -313,7 +323,7 @@ print("up", flush=True); sys.stdin.read()
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
-        usage = Sampler(process.pid, {"memory_bytes": 300 * MIB}, helpers_below=0, sockets=None).sample()
+        usage = Sampler(process.pid, {"memory_bytes": 300 * MIB, "processes": 9}, helpers_below=0, sockets=None).sample()
         process.communicate(b"")
     assert usage.limit == "memory"
 
@@ -447,3 +457,45 @@ def test_stale_directories_of_the_living_stay(parent: Path) -> None:
     mine.remove()
     again.remove()
     again.remove()
+
+
+def test_nothing_outside_is_looked_into_or_changed_through_a_link(parent: Path) -> None:
+    """A directory that is swapped for a link between two looks leads the launcher nowhere."""
+    outside = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    (outside / "b").mkdir(mode=0o555)
+    mine = confined.PrivateDirectory.make(str(parent), None, dataclasses.asdict(Limits()))
+    try:
+        work = Path(mine.path) / "home/work"
+        (work / "a" / "b").mkdir(parents=True)
+        for status in mine._walk():  # what a process may do in the middle of it
+            assert status is not None
+            if (work / "a").is_dir() and not (work / "a").is_symlink():
+                os.rename(work / "a", work / "moved")
+                (work / "a").symlink_to(outside)
+        with pytest.raises(OSError):
+            mine._open_below(("home", "work", "a", "b"))
+        assert stat.S_IMODE((outside / "b").stat().st_mode) == 0o555
+    finally:
+        mine.remove()
+        subprocess.run(["rm", "-rf", str(outside)], check=True)
+
+
+def test_files_that_come_and_go_hide_no_others(tier: Tier) -> None:
+    outcome = tier.run(
+        """
+if os.fork() == 0:
+    while True:
+        for n in range(50): open(f"gone{n}", "w").close()
+        for n in range(50): os.unlink(f"gone{n}")
+for n in range(30): open(f"stay{n}", "wb").write(b"x" * (1 << 20)); time.sleep(0.1)
+time.sleep(20)
+""",
+        limits={"files_bytes": 8 * MIB, "wall_seconds": 25},
+    )
+    assert outcome.limit == "files", outcome
+
+
+def test_a_notebook_with_much_code_is_no_large_file_of_the_driver(tier: Tier) -> None:
+    (end,) = tier.notebooks(["x = '" + "y" * 3_000_000 + "'", "len(x)"])
+    assert end["error"] is None, end
+    assert "3000000" in str(end["outputs"][1])

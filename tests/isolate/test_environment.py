@@ -211,7 +211,7 @@ def fonts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     built = []
 
-    def build(_: Path) -> str:
+    def build(_: Path, tier: str) -> str:
         built.append(1)
         return 'fontlist-v1.json\n{"fonts": []}'
 
