@@ -63,12 +63,12 @@ class Session:
             elif message["msg_type"] in {"execute_result", "display_data"}:
                 said.append(content["data"].get("text/plain", ""))
 
-        self.client.execute_interactive(code, output_hook=hear, timeout=timeout)
+        self.client.execute_interactive(code, output_hook=hear, timeout=timeout, stop_on_error=False)
         return "".join(said)
 
     def begin(self, code: str) -> None:
         """Run this, and come back as soon as it has written something."""
-        identifier = self.client.execute(code)
+        identifier = self.client.execute(code, stop_on_error=False)  # else the kernel drops what comes right after
         while True:
             message = self.client.get_iopub_msg(timeout=LONG)
             if message["parent_header"].get("msg_id") == identifier and message["msg_type"] == "stream":

@@ -79,7 +79,8 @@ class Notebook:
     def send(self, code: str) -> str:
         identifier = uuid.uuid4().hex
         header = {"msg_id": identifier, "msg_type": "execute_request", "username": "", "session": "s", "version": "5.4"}
-        content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False, "stop_on_error": True}
+        content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False}
+        content["stop_on_error"] = False  # else the kernel drops what comes right after an error
         message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
         self.wire.send(json.dumps({**message, "buffers": []}))
         return identifier

@@ -323,7 +323,9 @@ print("up", flush=True); sys.stdin.read()
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
-        usage = Sampler(process.pid, {"memory_bytes": 300 * MIB, "processes": 9}, helpers_below=0, sockets=None).sample()
+        usage = Sampler(
+            process.pid, {"memory_bytes": 300 * MIB, "processes": 9}, helpers_below=0, sockets=None
+        ).sample()
         process.communicate(b"")
     assert usage.limit == "memory"
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import struct
@@ -276,7 +277,7 @@ def test_bash_behind_an_old_wrapper(specs: Specs, tmp_path: Path) -> None:
     data.mkdir(mode=0o755)
     (data / "file").write_text("content")
     wrapper = tmp_path / "wrapper.sh"
-    command = " ".join(ISOLATE)
+    command = shlex.join(ISOLATE)
     wrapper.write_text(f'#!/bin/sh\nfile=$1; shift\nexec {command} kernel -f "$file" --ro "{data}" -- "$@"\n')
     wrapper.chmod(0o755)
     tmp_path.chmod(0o755)
