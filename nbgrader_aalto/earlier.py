@@ -43,11 +43,8 @@ class EarlierResult:
     def _put_back(self) -> None:
         if _is_result(self._aside):
             os.rename(self._aside, self._path)
-            return
-        _remove(self._aside)
-        if self._path.suffix == ".ipynb":  # its directory may be there for the empty file only
-            with contextlib.suppress(OSError):
-                self._path.parent.rmdir()
+        else:
+            _remove(self._aside)
 
 
 def _is_result(path: Path) -> bool:
