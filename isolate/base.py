@@ -21,7 +21,7 @@ from isolate.room import step
 Plan = dict[str, Any]
 Trees = list[int | None]
 
-_READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 _WRITABLE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 
 
@@ -39,7 +39,7 @@ def open_trees(plan: Plan) -> Trees:
         with step("read-only view", f"open {entry['source']}"):
             tree = syscalls.open_tree(entry["source"])
             if entry["kind"] == "read-only":
-                syscalls.mount_setattr(tree, _READ_ONLY, recursive=True)
+                syscalls.mount_setattr(tree, READ_ONLY, recursive=True)
             else:
                 _make_writable(plan, entry, tree)
         trees.append(tree)
@@ -166,7 +166,7 @@ def _run_init(plan: Plan, box: socket.socket, trees: Trees | None, host_proc: in
         _lay_mounts(plan, trees)
         _lay_files(plan)
         with step("read-only view", "make the root read-only"):
-            syscalls.mount_setattr("/", _READ_ONLY)
+            syscalls.mount_setattr("/", READ_ONLY)
         layers.append("read-only view, locked")
         pid = os.fork()
         if pid == 0:
@@ -238,7 +238,7 @@ def _lay_mounts(plan: Plan, trees: Trees) -> None:
             os.close(tree)
     for mask in masks:
         with step("hidden paths", f"make the mask of {mask} read-only"):
-            syscalls.mount_setattr(mask, _READ_ONLY)
+            syscalls.mount_setattr(mask, READ_ONLY)
 
 
 def _mask(target: str) -> list[str]:

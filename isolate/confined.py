@@ -43,7 +43,6 @@ _HELPERS = 16
 _STALE_SECONDS = 60.0
 _FILES_SAMPLE_SECONDS = 0.5
 _HOME = "/home/student"
-_SCOPE_SIGNAL = 2
 _MAPS_BYTES = 8 << 20
 _MOST_LEVELS = 200
 _MOST_KILLS = 100_000
@@ -272,7 +271,8 @@ def run_outer(plan: Plan, box: socket.socket, private: str, leave_launcher: Call
             plan["limits"]["processes"] += _HELPERS
         syscalls.set_dumpable(False)
         room.close_walls(plan["seccomp"])
-        kill_below = _kill_domain if _enter_domain() else _kill_below
+        with step("landlock", "scope signals"):
+            kill_below = _kill_domain if landlock.scope_signals() else _kill_below
         signal.signal(signal.SIGUSR2, lambda *_: _kill_all_and_exit(kill_below))
         layers = [f"Landlock ABI {landlock.abi()}", *room.WALLS, "private directory on disk, its size sampled"]
         if plan["uid"] is not None:
@@ -295,19 +295,6 @@ def _kill_below() -> None:
     for pid in descendants([os.getpid()], _MOST_KILLS):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _enter_domain() -> bool:
-    """Close ourselves in with what we will start: from then on no signal of ours goes further. Whether we could."""
-    if landlock.abi() < landlock.SCOPES_SINCE:
-        return False
-    with step("landlock", "scope signals"):
-        domain = syscalls.landlock_create_ruleset(0, _SCOPE_SIGNAL)
-        try:
-            syscalls.landlock_restrict_self(domain)
-        finally:
-            os.close(domain)
-    return True
 
 
 def _kill_domain() -> None:

@@ -4,8 +4,8 @@ Executed by `isolate.sandbox` as a program of its own, single-threaded and with 
 no thread of the caller can be forked half-way and no death signal follows a thread. It opens what only its
 owner may reach, forks the base (`isolate.base`), watches the limits that count all processes together, and
 kills the base when a limit is reached or when the owner's end of the socket closes, however that came about.
-A control group (`isolate.cgroups`) is the one thing that would outlive a killed launcher: a guard, forked
-before anything else, waits for the launcher's end and removes it.
+A control group (`isolate.cgroups`) and the landlock tier's private directory would outlive a killed launcher: a
+guard, forked before anything else, waits for the launcher's end and removes them.
 
 Standard library only. Arguments: the number of the socket's descriptor, the number of the plan's.
 """

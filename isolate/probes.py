@@ -33,7 +33,6 @@ Plan = dict[str, Any]
 Answer = dict[str, Any]
 
 _PROBE_SECONDS = 10.0
-_READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV  # as in `base`
 
 
 class Wrong(Exception):
@@ -108,7 +107,7 @@ def _show_usr(plan: Plan) -> int:
 
     def open_usr() -> list[int]:
         tree = syscalls.open_tree("/usr")
-        syscalls.mount_setattr(tree, _READ_ONLY, recursive=True)
+        syscalls.mount_setattr(tree, base.READ_ONLY, recursive=True)
         return [tree]
 
     host_proc, (tree,) = _enter_tmpfs_with(plan, open_usr)

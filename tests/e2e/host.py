@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,3 +65,11 @@ def eventually(what: Callable[[], object], seconds: float = 60.0, interval: floa
             return False
         time.sleep(interval)
     return True
+
+
+def free_port() -> int:
+    """Of the loopback, at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port

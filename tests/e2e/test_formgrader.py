@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from e2e.courses import SECRET, Course, answer, check, find, notebook, printed
-from e2e.host import command_of, descendants, eventually, processes
+from e2e.host import command_of, descendants, eventually, free_port, processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("formgrader")]
 
@@ -76,13 +76,6 @@ class Server:
         with contextlib.suppress(OSError):
             return self.request("GET", "/formgrader/api/assignments")[0] == 200
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

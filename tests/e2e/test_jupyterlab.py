@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import pytest
 import websocket
 
 from e2e.clients import BASH, ISOLATE, LONG, PYTHON, Specs
-from e2e.host import descendants, eventually, processes
+from e2e.host import descendants, eventually, free_port, processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("jupyterlab")]
 
@@ -131,13 +130,6 @@ class Notebook:
         """Until the server has noticed that the kernel died, and a new one says something."""
         states = (message["content"].get("execution_state") for message in self._messages())
         assert any(state in {"restarting", "autorestarting"} for state in states)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from e2e.clients import Specs
 from isolate.environment import environment_policy
 from isolate.notebook import Execution, Kernel, Settings, execute
 from isolate.policy import Limits, Policy, Report, system_policy
@@ -101,3 +102,13 @@ def run_cells(kernel: Kernel, kernel_policy: Policy) -> Callable[..., Execution]
         return execute(notebook, kernel, policy, settings or Settings(), **keywords)
 
     return run
+
+
+@pytest.fixture
+def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Specs:
+    """Kernelspecs, and all else that Jupyter keeps for a user, in places of this test's own."""
+    for name in ("data", "runtime", "config"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"JUPYTER_{name.upper()}_DIR", str(tmp_path / name))
+    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "the-hubs-token")
+    return Specs(tmp_path / "data")

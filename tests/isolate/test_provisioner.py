@@ -36,15 +36,6 @@ from isolate.provisioner import KEYS, KernelPolicy, parse_policy
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Specs:
-    for name in ("data", "runtime", "config"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"JUPYTER_{name.upper()}_DIR", str(tmp_path / name))
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "the-hubs-token")
-    return Specs(tmp_path / "data")
-
-
 def refusal(raw: Any) -> SandboxError:
     with pytest.raises(SandboxError) as caught:
         parse_policy(raw, "kernelspec 'x' (/kernels/x/kernel.json)")

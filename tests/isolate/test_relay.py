@@ -35,15 +35,6 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Specs:
-    for name in ("data", "runtime", "config"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"JUPYTER_{name.upper()}_DIR", str(tmp_path / name))
-    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "the-hubs-token")
-    return Specs(tmp_path / "data")
-
-
-@pytest.fixture
 def connection_file(tmp_path: Path) -> Path:
     """What a client would have written."""
     ports = dict(zip((f"{channel}_port" for channel in CHANNELS), free_ports(5), strict=True))
