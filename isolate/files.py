@@ -1,16 +1,17 @@
-"""Packing a directory for a room, without trusting what lies in it.
+"""Reading a directory without trusting what lies in it, and packing it for a room.
 
 Every file is opened relative to its directory's descriptor and never through a link, so that nobody who can
 write there leads us to a file of somebody else's. openat(2), O_NOFOLLOW.
 """
 
+import dataclasses
 import fnmatch
 import io
 import os
 import stat
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -29,15 +30,15 @@ def pack(directory: Path, *, leave_out: Iterable[str], max_bytes: int, max_files
         with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
             root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             total, number = 0, 0
-            for name, descriptor, status in _walk(root, "", patterns):
-                info = tarfile.TarInfo(name)
+            for entry in walk(root, lambda path: _matches(path, patterns)):
+                info = tarfile.TarInfo(entry.path)
                 number += 1
-                if descriptor is None:
+                if entry.descriptor is None:
                     info.type, info.mode = tarfile.DIRTYPE, 0o755
                     archive.addfile(info)
                 else:
-                    with open(descriptor, "rb") as content:
-                        info.size, info.mode = status.st_size, stat.S_IMODE(status.st_mode)
+                    with open(entry.descriptor, "rb") as content:
+                        info.size, info.mode = entry.status.st_size, stat.S_IMODE(entry.status.st_mode)
                         total += info.size
                         if total > max_bytes or number > max_files:
                             break
@@ -50,6 +51,9 @@ def pack(directory: Path, *, leave_out: Iterable[str], max_bytes: int, max_files
                     f"the files of the submission exceed {max_bytes} bytes or {max_files} files",
                     "raise the file limit of the policy",
                 )
+    except NotPlain as error:
+        file.close()
+        raise SandboxError("files", str(error)) from error
     except BaseException:
         file.close()
         raise
@@ -70,33 +74,90 @@ class _Exactly(io.RawIOBase):
         return data
 
 
-_MAX_DEPTH = 256
+MAX_DEPTH = 256
 """Each level holds a descriptor open."""
 
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
-def _walk(directory: int, prefix: str, patterns: tuple[str, ...]) -> Iterator[tuple[str, int | None, os.stat_result]]:
-    """(name, open descriptor or None for a directory, status); closes `directory`. The taker closes the files."""
+
+class NotPlain(Exception):
+    """Something that is neither a regular file nor a directory, or lies too deep."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """What `walk` found: `status` is fstat(2) of the opened file or directory."""
+
+    path: str
+    descriptor: int | None
+    """Of a regular file, open for reading, which the taker closes; None for a directory."""
+    status: os.stat_result
+
+
+def _refuse(path: str, what: str) -> None:
+    raise NotPlain(f"{path[:200]!r} {what}")
+
+
+def walk(
+    directory: int,
+    leave_out: Callable[[str], bool] = lambda path: False,
+    odd: Callable[[str, str], None] = _refuse,
+    *,
+    follow_links: bool = False,
+) -> Iterator[Entry]:
+    """All files and directories below the open `directory`, which is closed; each directory before its contents.
+
+    Paths are relative. Those for which `leave_out` is true are not looked at. What is neither file nor directory goes to
+    `odd(path, what it is)`, which raises `NotPlain` unless given. With `follow_links` a link to a regular file counts
+    as that file; never one to a directory. Raises `OSError` for what cannot be opened, or is swapped meanwhile.
+    """
+    yield from _walk(directory, "", leave_out, odd, follow_links)
+
+
+def _walk(
+    directory: int,
+    prefix: str,
+    leave_out: Callable[[str], bool],
+    odd: Callable[[str, str], None],
+    follow_links: bool,
+) -> Iterator[Entry]:
     try:
         for name in sorted(os.listdir(directory)):
-            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
-                continue
             path = prefix + name
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
-                if path.count("/") >= _MAX_DEPTH:
-                    raise SandboxError("files", f"{path[:60]!r}... nests more than {_MAX_DEPTH} directories")
-                yield path, None, status
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                yield from _walk(os.open(name, flags, dir_fd=directory), path + "/", patterns)
-            elif stat.S_ISREG(status.st_mode):
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                descriptor = os.open(name, flags, dir_fd=directory)
-                opened = os.fstat(descriptor)
-                if not stat.S_ISREG(opened.st_mode):
+            if leave_out(path):
+                continue
+            kind = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+            if stat.S_ISDIR(kind):
+                if path.count("/") >= MAX_DEPTH:
+                    odd(path[:60] + "...", f"nests more than {MAX_DEPTH} directories")
+                    continue
+                below = os.open(name, _READ | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+                try:
+                    yield Entry(path, None, os.fstat(below))
+                except BaseException:
+                    os.close(below)
+                    raise
+                yield from _walk(below, path + "/", leave_out, odd, follow_links)
+            elif stat.S_ISREG(kind) or (follow_links and _leads_to_file(directory, name)):
+                descriptor = os.open(name, _READ | (0 if follow_links else os.O_NOFOLLOW), dir_fd=directory)
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
                     os.close(descriptor)
-                    raise SandboxError("files", f"{path!r} is not a regular file any more")
-                yield path, descriptor, opened
+                    odd(path, "is not a regular file any more")
+                else:
+                    yield Entry(path, descriptor, status)
             else:
-                raise SandboxError("files", f"{path!r} is neither a regular file nor a directory")
+                odd(path, "is neither a regular file nor a directory")
     finally:
         os.close(directory)
+
+
+def _leads_to_file(directory: int, name: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(name, dir_fd=directory).st_mode)
+    except OSError:
+        return False
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(path.rpartition("/")[2], pattern) for pattern in patterns)

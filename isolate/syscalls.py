@@ -47,6 +47,7 @@ _AT_RECURSIVE = 0x8000
 _OPEN_TREE_CLONE = 1
 _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_RENAME_EXCHANGE = 2
 
 # prctl(2)
 _PR_SET_PDEATHSIG = 1
@@ -69,8 +70,8 @@ _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _OLD_NUMBERS = {
-    "x86_64": {"pivot_root": 155, "capset": 126, "keyctl": 250},
-    "aarch64": {"pivot_root": 41, "capset": 91, "keyctl": 219},
+    "x86_64": {"pivot_root": 155, "capset": 126, "keyctl": 250, "renameat2": 316},
+    "aarch64": {"pivot_root": 41, "capset": 91, "keyctl": 219, "renameat2": 276},
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -285,6 +286,22 @@ def landlock_add_path(ruleset_fd: int, access_fs: int, path_fd: int) -> None:
 def landlock_restrict_self(ruleset_fd: int) -> None:
     """Put this thread and all it will start under the rules. landlock_restrict_self(2); needs no_new_privs."""
     _syscall("landlock_restrict_self", _LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset_fd), ctypes.c_uint(0))
+
+
+def rename_exchange(one: str, other: str) -> None:
+    """Let two existing paths change places in one step. renameat2(2), RENAME_EXCHANGE.
+
+    `OSError` EINVAL or ENOSYS where the file system (NFS) or this file (other processors) cannot.
+    """
+    _syscall(
+        f"rename {one} <-> {other}",
+        _number("renameat2"),
+        ctypes.c_int(_AT_FDCWD),
+        os.fsencode(one),
+        ctypes.c_int(_AT_FDCWD),
+        os.fsencode(other),
+        ctypes.c_uint(_RENAME_EXCHANGE),
+    )
 
 
 def join_new_session_keyring() -> None:

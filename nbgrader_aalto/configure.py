@@ -1,46 +1,45 @@
 """What a course's nbgrader_config.py calls. It sets the seams into nbgrader and no setting of the course's own."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nbconvert.preprocessors import Preprocessor
-from traitlets import Bool, Unicode
-from traitlets.config import Config, LazyConfigValue
-from traitlets.utils.importstring import import_item
+if TYPE_CHECKING:
+    from traitlets.config import Config
 
 ISOLATED_EXECUTE = "nbgrader_aalto.execute.IsolatedExecute"
 INTAKE_EXPORTER = "nbgrader_aalto.intake.IntakeExporter"
-REFUSE_TO_RUN = "nbgrader_aalto.configure.RefuseToRun"
+REFUSE_TO_RUN = "nbgrader_aalto.refusal.RefuseToRun"
+EXCHANGE = {
+    "exchange": "nbgrader_aalto.exchange.AaltoExchange",
+    "fetch_assignment": "nbgrader_aalto.exchange.ExchangeFetchAssignment",
+    "fetch_feedback": "nbgrader_aalto.exchange.ExchangeFetchFeedback",
+    "release_assignment": "nbgrader_aalto.exchange.ExchangeReleaseAssignment",
+    "release_feedback": "nbgrader_aalto.exchange.ExchangeReleaseFeedback",
+    "list": "nbgrader_aalto.exchange.ExchangeList",
+    "submit": "nbgrader_aalto.exchange.ExchangeSubmit",
+    "collect": "nbgrader_aalto.exchange.ExchangeCollect",
+}
+"""The traits of `ExchangeFactory`, and our classes."""
 
 
 class ConfigurationError(Exception):
     """The course's configuration would run student code outside of the sandbox."""
 
 
-class RefuseToRun(Preprocessor):
-    """Stands where nothing safe can stand: whatever is autograded with it fails, and says why.
-
-    An exception in nbgrader_config.py would not do: traitlets logs it, forgets the whole file and goes on with
-    stock nbgrader, without a sandbox.
-    """
-
-    reason = Unicode("the configuration is not safe").tag(config=True)
-
-    enabled = Bool(True)
-
-    def preprocess(self, nb: Any, resources: Any) -> tuple[Any, Any]:
-        """Raises `ConfigurationError`, always."""
-        raise ConfigurationError(self.reason)
-
-
-def configure(c: Config) -> None:
+def configure(c: "Config") -> None:
     """Make `nbgrader autograde`, Formgrader's lightning bolt included, run notebooks in a sandbox.
 
     Call it last in nbgrader_config.py, with the `c` of that file. Of `c.Autograde.autograde_preprocessors` it
     replaces nbgrader's `Execute` alone, so preprocessors that the course added stay. When the course has put
     another class in the place of `Execute`, or an exporter class of its own, student code or files would get
     past the sandbox: then every autograde fails with a message that says which line to change.
+
+    The exchange becomes the one of `nbgrader_aalto.exchange`, unless the course set classes of another exchange in
+    `c.ExchangeFactory`; then all of them stay as they are.
     """
+    if not any(name in c.ExchangeFactory for name in EXCHANGE):
+        for name, cls in EXCHANGE.items():
+            c.ExchangeFactory[name] = cls
     try:
         c.Autograde.autograde_preprocessors = isolated(_configured_preprocessors(c))
         c.Autograde.exporter_class = _exporter(c)
@@ -51,7 +50,7 @@ def configure(c: Config) -> None:
         c.RefuseToRun.reason = str(error)
 
 
-def _exporter(c: Config) -> Any:
+def _exporter(c: "Config") -> Any:
     exporter = c.Autograde.get("exporter_class", INTAKE_EXPORTER)
     if exporter == INTAKE_EXPORTER or _is_intake(exporter):
         return exporter
@@ -61,9 +60,10 @@ def _exporter(c: Config) -> Any:
     )
 
 
-def _configured_preprocessors(c: Config) -> list[Any]:
+def _configured_preprocessors(c: "Config") -> list[Any]:
     """The course's list, or nbgrader's; `.append(...)` and kin in the configuration are carried out here."""
     from nbgrader.converters import Autograde  # imports take a second: only those who autograde pay
+    from traitlets.config import LazyConfigValue
 
     default = list(Autograde.autograde_preprocessors.default())
     value = c.Autograde.get("autograde_preprocessors", default)
@@ -78,6 +78,7 @@ def isolated(preprocessors: list[Any]) -> list[Any]:
 def _replacement(entry: Any) -> Any:
     from nbconvert.preprocessors import ExecutePreprocessor
     from nbgrader.preprocessors import Execute
+    from traitlets.utils.importstring import import_item
 
     from nbgrader_aalto.execute import IsolatedExecute
 
@@ -96,6 +97,8 @@ def _replacement(entry: Any) -> Any:
 
 
 def _is_intake(exporter: Any) -> bool:
+    from traitlets.utils.importstring import import_item
+
     from nbgrader_aalto.intake import IntakeExporter
 
     cls = import_item(exporter) if isinstance(exporter, str) else exporter

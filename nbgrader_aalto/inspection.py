@@ -49,7 +49,7 @@ _KINDS = {
 }
 _GLOB = re.compile(r"[*?\[]")
 # control characters, line separators, bidirectional embeddings, overrides and isolates, non-UTF-8 bytes
-_BAD_NAME = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+BAD_NAME = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # dateutil opens a zone that is a path, so no component may lead out of the zone database
 _TIMESTAMP = re.compile(r"(?!.*\.\.)(?!.*(?:^|[ :])/)[0-9A-Za-z :.,+/_-]*")
 # One match: what is not structure, strings included, then one structural byte or the end. The possessive
@@ -160,7 +160,7 @@ class _Inspection:
         self.refuse(path, Unfit(reason, _SMALLER.format(f"c.IntakeExporter.{setting}")))
 
     def name(self, path: PurePosixPath) -> None:
-        if _BAD_NAME.search(path.name):
+        if BAD_NAME.search(path.name):
             self.refuse(path, Unfit("has a control character or non-UTF-8 bytes in its name", "Rename it"))
         elif len(os.fsencode(path)) > MAX_PATH_BYTES:
             self.refuse(path, Unfit(f"has a path longer than {MAX_PATH_BYTES} bytes", "Rename it"))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path.append(os.path.dirname(__file__))  # for the package `attacks`; last, s
 
 from attacks import compare, table
 from attacks.harness import Attacker, Person, Stage
+from campus import Campus
 
 pytest_plugins = ["pytester"]
 _STAGE = "ISOLATE_TEST_STAGE"
@@ -28,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     table.configure(config)
     config.addinivalue_line("markers", "threat(*rows): rows of the threat catalogue that this test tries")
     if not hasattr(config, "workerinput"):  # the controller of pytest-xdist, or the only process
+        for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C, so that what is on the stage goes
+            signal.signal(number, signal.default_int_handler)
         os.environ[_STAGE] = str(Stage.new().directory)
 
 
@@ -37,13 +41,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput") and _STAGE in os.environ:
-        Stage(Path(os.environ.pop(_STAGE))).close()
+        stage = Stage(Path(os.environ.pop(_STAGE)))
+        Campus(stage).close()
+        stage.close()
 
 
 @pytest.fixture(scope="session")
 def stage() -> Stage:
     """Where this session keeps what it makes on the host; shared by the workers, removed at the end."""
     return Stage(Path(os.environ[_STAGE]))
+
+
+@pytest.fixture(scope="session")
+def campus(stage: Stage) -> Campus:
+    """Students, instructors and an outsider, who are real Unix users of this session's."""
+    return Campus.open(stage)
 
 
 @pytest.fixture(params=["root", "user"])

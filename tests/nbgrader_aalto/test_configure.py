@@ -17,7 +17,7 @@ from traitlets.config.loader import PyFileConfigLoader
 
 from e2e.courses import SAFE, Course, answer, check, contents, notebook
 from nbgrader_aalto import configure
-from nbgrader_aalto.configure import INTAKE_EXPORTER, ISOLATED_EXECUTE, REFUSE_TO_RUN, isolated
+from nbgrader_aalto.configure import EXCHANGE, INTAKE_EXPORTER, ISOLATED_EXECUTE, REFUSE_TO_RUN, isolated
 from nbgrader_aalto.execute import IsolatedExecute
 from nbgrader_aalto.intake import IntakeExporter
 
@@ -65,8 +65,16 @@ def test_without_settings_only_execute_is_replaced_and_the_intake_added() -> Non
         "Autograde": {
             "autograde_preprocessors": [ISOLATED_EXECUTE, *STOCK[1:]],
             "exporter_class": INTAKE_EXPORTER,
-        }
+        },
+        "ExchangeFactory": EXCHANGE,
     }
+
+
+def test_an_exchange_that_the_course_chose_stays_whole() -> None:
+    config = Config()
+    config.ExchangeFactory.submit = "ngshare_exchange.ExchangeSubmit"
+    configure(config)
+    assert config.ExchangeFactory == {"submit": "ngshare_exchange.ExchangeSubmit"}
 
 
 def test_all_other_settings_stay_as_they_were(tmp_path: Path) -> None:

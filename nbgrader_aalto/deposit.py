@@ -1,0 +1,115 @@
+"""The process that puts a student's files where instructors can read them and other students cannot.
+
+Theory of operation. In a directory that is setgid and of the course's group, what is made with a umask of 007 comes
+out as 2770 and 0660, of the student and of that group. The umask must be there before mkdir(2): a chmod(2) by
+somebody who is not in the group would take the setgid bit away. The umask belongs to a process, and nbgrader's
+Assignment List submits inside of the Jupyter server, so this is a process of its own, with one
+JSON request on stdin and one JSON answer on stdout. It makes directories with names
+that its caller chose at random and copies one tree; it refuses to know what a submission is.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from nbgrader_aalto import trees
+
+UMASK = 0o007
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from nbgrader_aalto.deposit import main; sys.exit(main())"
+
+
+class DepositError(Exception):
+    """Nothing was left in the directory; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Deposit:
+    """A directory that was made: its files, what was left out of it, and the newest ctime in it (ns since 1970)."""
+
+    files: tuple[trees.FileEntry, ...]
+    left_out: tuple[tuple[str, str], ...]
+    newest_ns: int
+
+
+def make(directory: Path, name: str) -> None:
+    """Make an empty directory `name` in `directory`. Raises `DepositError`."""
+    _request({"directory": str(directory), "name": name})
+
+
+def copy(
+    directory: Path, name: str, source: Path, selection: trees.Selection, limits: trees.TreeLimits, held: int
+) -> Deposit:
+    """Make the directory `name` in `directory` with a copy of `source`. Raises `DepositError`; then it is not there."""
+    answer = _request(
+        {
+            "directory": str(directory),
+            "name": name,
+            "source": str(source),
+            "selection": dataclasses.asdict(selection),
+            "limits": dataclasses.asdict(limits),
+        },
+        (held,),
+    )
+    return Deposit(
+        tuple(trees.FileEntry(**file) for file in answer["files"]),
+        tuple((path, why) for path, why in answer["left_out"]),
+        answer["newest_ns"],
+    )
+
+
+def _request(request: dict[str, Any], held: tuple[int, ...] = ()) -> dict[str, Any]:
+    # -P, and ours last on the path: a `json.py` in a student's working directory is no part of Python
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[1])]
+    done = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False, pass_fds=held)
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        words = done.stderr.decode(errors="replace").strip().splitlines()
+        raise DepositError(
+            f"the copying process ended with code {done.returncode}: {(words or ['no word'])[-1]}"
+        ) from None
+    if "error" in answer:
+        raise DepositError(answer["error"])
+    return answer
+
+
+def _carry_out(request: dict[str, Any]) -> dict[str, Any]:
+    directory, name = request["directory"], request["name"]
+    with trees.reached(directory) as parent:
+        os.mkdir(name, 0o777, dir_fd=parent)
+        if "source" not in request:
+            return {}
+        try:
+            with trees.opened(request["source"]) as source, trees.opened(name, dir_fd=parent) as target:
+                selection = {key: tuple(value) for key, value in request["selection"].items()}
+                limits = trees.TreeLimits(**request["limits"])
+                copied = trees.copy_tree(source, target, trees.Selection(**selection), limits, own=True)
+                newest = trees.survey(target, limits).newest_ns
+        except BaseException:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(name, dir_fd=parent)
+            raise
+    return {
+        "files": [dataclasses.asdict(file) for file in copied.files],
+        "left_out": copied.left_out,
+        "newest_ns": newest,
+    }
+
+
+def main() -> int:
+    """Answer the one request."""
+    os.umask(UMASK)
+    try:
+        answer = _carry_out(json.load(sys.stdin))
+    except trees.Unfit as error:
+        answer = {"error": str(error)}
+    except OSError as error:
+        answer = {"error": f"{error.filename or 'the copy'}: {error.strerror}"}
+    print(json.dumps(answer))
+    return 0
