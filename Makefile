@@ -55,7 +55,7 @@ format: setup ## let ruff write the format
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
 FUZZ_EXAMPLES ?= 50000
-.PHONY: fuzz soak bench-sandbox
+.PHONY: fuzz soak bench-sandbox bench-exchange
 fuzz: setup ## what a driver room can send, for hours; FUZZ_EXAMPLES=50000 of each kind
 	@FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) tests/isolate/test_fuzz.py
 
@@ -68,6 +68,9 @@ bench: setup bench-sandbox ## time to grade, beside stock nbgrader, in the same 
 
 bench-sandbox: setup ## time and memory of a sandbox, beside bubblewrap and beside none
 	@$(BIN)/python benchmarks/sandbox.py
+
+bench-exchange: setup ## 500 submissions at once while an instructor collects, beside stock (as root)
+	@$(BIN)/python benchmarks/exchange.py
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,13 +1,24 @@
 """What a course's nbgrader_config.py calls. It sets the seams into nbgrader and no setting of the course's own."""
 
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nbgrader_aalto import shared
 
 if TYPE_CHECKING:
     from traitlets.config import Config
 
 ISOLATED_EXECUTE = "nbgrader_aalto.execute.IsolatedExecute"
 INTAKE_EXPORTER = "nbgrader_aalto.intake.IntakeExporter"
+GENERATING = {
+    "GenerateAssignment": "nbgrader_aalto.converters.AssignmentExporter",
+    "GenerateSourceWithTests": "nbgrader_aalto.converters.AssignmentExporter",
+    "GenerateSolution": "nbgrader_aalto.converters.AssignmentExporter",
+    "GenerateFeedback": "nbgrader_aalto.converters.FeedbackExporter",
+}
+"""nbgrader's other converters, and the exporters with which they lose nothing."""
 REFUSE_TO_RUN = "nbgrader_aalto.refusal.RefuseToRun"
 EXCHANGE = {
     "exchange": "nbgrader_aalto.exchange.AaltoExchange",
@@ -35,12 +46,15 @@ def configure(c: "Config") -> None:
     past the sandbox: then every autograde fails with a message that says which line to change.
 
     The exchange becomes the one of `nbgrader_aalto.exchange`, unless the course set classes of another exchange in
-    `c.ExchangeFactory`; then all of them stay as they are.
+    `c.ExchangeFactory`; then all of them stay as they are. In a course of several instructors, an instructor's process
+    gets a umask of 007, and the gradebook is one that all of them can write to.
     """
     if not any(name in c.ExchangeFactory for name in EXCHANGE):
         for name, cls in EXCHANGE.items():
             c.ExchangeFactory[name] = cls
+    _share(c)
     try:
+        _keep_earlier_results(c)
         c.Autograde.autograde_preprocessors = isolated(_configured_preprocessors(c))
         c.Autograde.exporter_class = _exporter(c)
     except Exception as error:  # noqa: BLE001  # whatever it is, stock nbgrader must not run instead
@@ -48,6 +62,30 @@ def configure(c: "Config") -> None:
         c.Autograde.autograde_preprocessors = [REFUSE_TO_RUN]
         c.Autograde.exporter_class = INTAKE_EXPORTER
         c.RefuseToRun.reason = str(error)
+
+
+def _share(c: "Config") -> None:
+    """Umask and gradebook of a course of several instructors, before nbgrader opens its log and the gradebook."""
+    root = Path(str(c.CourseDirectory.get("root", "") or os.getcwd()))
+    db_url = str(c.CourseDirectory.get("db_url", "") or f"sqlite:///{root.absolute()}/gradebook.db")
+    try:
+        shared.prepare(root, db_url, bool(c.CourseDirectory.get("groupshared", False)))
+    except (shared.NotShared, OSError) as error:
+        print(f"nbgrader-aalto: {error}", file=sys.stderr)
+
+
+def _keep_earlier_results(c: "Config") -> None:
+    """An exporter class of the course's own stays: no student code runs there."""
+    for converter, exporter in GENERATING.items():
+        own = next((c[name].exporter_class for name in (converter, "BaseConverter") if "exporter_class" in c[name]), "")
+        if not own:
+            c[converter].exporter_class = exporter
+        elif not _is_careful(own):
+            print(
+                f"nbgrader-aalto: {converter} uses {own!r}, so a failed run with --force loses the earlier result; "
+                f"make that class a subclass of nbgrader_aalto.converters.CarefulExporter, too",
+                file=sys.stderr,
+            )
 
 
 def _exporter(c: "Config") -> Any:
@@ -103,3 +141,15 @@ def _is_intake(exporter: Any) -> bool:
 
     cls = import_item(exporter) if isinstance(exporter, str) else exporter
     return isinstance(cls, type) and issubclass(cls, IntakeExporter)
+
+
+def _is_careful(exporter: Any) -> bool:
+    from traitlets.utils.importstring import import_item
+
+    if exporter in GENERATING.values():
+        return True  # without an import
+
+    from nbgrader_aalto.converters import CarefulExporter
+
+    cls = import_item(exporter) if isinstance(exporter, str) else exporter
+    return isinstance(cls, type) and issubclass(cls, CarefulExporter)

@@ -6,12 +6,13 @@ look, by configuration only::
 
     c.Autograde.exporter_class = "nbgrader_aalto.intake.IntakeExporter"
 
-It also sees to it that what runs afterwards is the sandbox, and that an earlier result goes only when the new
-one is complete. What it refuses to know: how a sandbox works, the exchange, scores.
+It also sees to it that what runs afterwards is the sandbox. What it refuses to know: how a sandbox works, how an
+earlier result is kept, the exchange, scores.
 """
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,20 +25,16 @@ from nbgrader.utils import is_grade, is_locked, is_solution
 from traitlets import Bool, Integer
 
 from nbgrader_aalto.configure import ConfigurationError, isolated
-from nbgrader_aalto.earlier import EarlierResult
+from nbgrader_aalto.converters import CarefulExporter
 from nbgrader_aalto.inspection import IntakeLimits, Refusal, inspect_submission, printable
 
 
-class IntakeExporter(NotebookExporter):
+class IntakeExporter(CarefulExporter, NotebookExporter):
     """A `NotebookExporter` that has each submission inspected before nbgrader's Autograde touches it.
 
-    Theory of operation. `BaseConverter.start` finds the submissions by name, makes its exporter, and calls
-    its own `convert_notebooks`. Made by an Autograde, this exporter wraps three methods of that one object,
-    until `convert_notebooks` returns. `init_destination`, where each student's turn begins, inspects, and
-    answers False for a refused submission, so that stock leaves what it autograded earlier where it is; for
-    the others it puts an earlier result aside (`EarlierResult`), to come back if the new one fails;
-    `convert_single_notebook` keeps metadata of a wrong schema from ending the run for everybody;
-    `convert_notebooks` raises at the end if anyone was refused. For others it is a NotebookExporter.
+    Theory of operation. It works in turns (see `converters`). When a student's turn has begun, `admits` inspects, and
+    answers False for a refused submission, so that stock leaves what it autograded earlier where it is. At the end
+    an exception says who was refused, and why. For others than an Autograde it is a NotebookExporter.
     """
 
     max_notebook_bytes = Integer(
@@ -69,13 +66,51 @@ class IntakeExporter(NotebookExporter):
     ).tag(config=True)
 
     def __init__(self, config: Any = None, **kwargs: Any) -> None:
-        super().__init__(config=config, **kwargs)
         self._refused: dict[tuple[str, str], list[Refusal]] = {}
         self._known: dict[str, frozenset[str]] = {}
-        if isinstance(self.parent, Autograde):
-            _refuse_unless_isolated(self.parent)
-            self._set_aside_unmatched(self.parent)
-            self._wrap(self.parent)
+        super().__init__(config=config, **kwargs)
+
+    @property
+    def converter(self) -> Any:
+        """The Autograde; None for others."""
+        return self.parent if isinstance(self.parent, Autograde) else None
+
+    def check_start(self) -> None:
+        """Raises `NbGraderException` if student code would run outside of the sandbox."""
+        _refuse_unless_isolated(self.converter)
+        self._set_aside_unmatched(self.converter)
+
+    def admits(self, assignment_id: str, student_id: str) -> bool:
+        """Inspect the submission."""
+        refusals = self._inspect(self.converter, assignment_id, student_id)
+        if refusals:
+            self._refuse(assignment_id, student_id, refusals)
+        return not refusals
+
+    def wrappers(self) -> dict[str, Callable[..., Any]]:
+        """Metadata of a wrong schema must not end the run for everybody."""
+        stock = self.converter.convert_single_notebook
+
+        def convert_single_notebook(filename: str) -> None:
+            try:
+                stock(filename)
+            except SchemaMismatchError as error:  # stock would stop here, and grade nobody else
+                raise NbGraderException(f"{printable(filename)}: nbgrader metadata: {error}") from error
+
+        wrappers = super().wrappers()
+        wrappers["convert_single_notebook"] = convert_single_notebook
+        return wrappers
+
+    def summary(self) -> list[str]:
+        """The refused submissions, too."""
+        if not self._refused:
+            return super().summary()
+        lines = [
+            f"  {printable(student)} ({printable(assignment)}): {'; '.join(map(str, refusals))}"
+            for (assignment, student), refusals in self._refused.items()
+        ]
+        message = f"{len(lines)} submission(s) refused, not graded; earlier results of theirs are kept:\n"
+        return [message + "\n".join(lines), *super().summary()]
 
     def from_notebook_node(self, nb: Any, resources: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         """As in stock, except that a copied test cell does not end the run (see `forget_duplicates`)."""
@@ -112,55 +147,6 @@ class IntakeExporter(NotebookExporter):
                 [Refusal("its directory", "has a control character in its name", "Rename it")],
             )
 
-    def _wrap(self, converter: Any) -> None:
-        names = ("init_destination", "convert_single_notebook", "convert_notebooks")
-        stock = {name: getattr(converter, name) for name in names}
-
-        earlier: list[EarlierResult] = []
-
-        def settle() -> None:
-            while earlier:
-                earlier.pop().settle()
-
-        def init_destination(assignment_id: str, student_id: str) -> bool:
-            settle()
-            dest = os.path.normpath(converter._format_dest(assignment_id, student_id))
-            # first of all, since it mends what a killed run left, and what is there decides what is inspected
-            results = [EarlierResult(path) for path in _results(converter, Path(dest))]
-            excluded = student_id in converter.coursedir.student_id_exclude.split(",")
-            if not excluded:
-                refusals = self._inspect(converter, assignment_id, student_id)
-                if refusals:
-                    self._refuse(assignment_id, student_id, refusals)
-                    return False
-            if not excluded and not self._unchanged(converter, assignment_id, student_id):
-                for result in results:
-                    result.put_aside()
-                    earlier.append(result)
-            return bool(stock["init_destination"](assignment_id, student_id))
-
-        def convert_single_notebook(filename: str) -> None:
-            try:
-                stock["convert_single_notebook"](filename)
-            except SchemaMismatchError as error:  # stock would stop here, and grade nobody else
-                raise NbGraderException(f"{printable(filename)}: nbgrader metadata: {error}") from error
-
-        def convert_notebooks() -> None:
-            try:
-                stock["convert_notebooks"]()
-            except NbGraderException as error:
-                self._report(str(error))
-                raise
-            finally:
-                settle()
-                for name in names:
-                    setattr(converter, name, stock[name])
-            self._report()
-
-        converter.init_destination = init_destination
-        converter.convert_single_notebook = convert_single_notebook
-        converter.convert_notebooks = convert_notebooks
-
     def _inspect(self, converter: Any, assignment_id: str, student_id: str) -> list[Refusal]:
         course = converter.coursedir
         source = os.path.normpath(converter._format_source(assignment_id, student_id))
@@ -169,20 +155,10 @@ class IntakeExporter(NotebookExporter):
             return [Refusal("its directory", "has a name that is a wildcard for another student's", "Rename it")]
         base, inside = split_source(course, converter._input_directory, student_id, assignment_id)
         refusals = inspect_submission(base, inside, (), self.limits(), course.ignore)
-        if refusals or self._unchanged(converter, assignment_id, student_id):
+        if refusals or self.unchanged(assignment_id, student_id):
             return refusals
         names = self._notebooks(course, assignment_id) & {os.path.basename(path) for path in converter.notebooks}
         return inspect_submission(base, inside, names, self.limits(), course.ignore)
-
-    def _unchanged(self, converter: Any, assignment_id: str, student_id: str) -> bool:
-        """Whether stock will skip the submission as already autograded, so that parsing it is for nothing."""
-        course, done = converter.coursedir, converter._format_dest(assignment_id, student_id)
-        paths = [os.path.join(done, os.path.basename(path)) for path in converter.notebooks]
-        if converter.force or not all(map(os.path.exists, [done] if course.notebook_id == "*" else paths)):
-            return False
-        new = course.get_existing_timestamp(converter._format_source(assignment_id, student_id))
-        old = course.get_existing_timestamp(done)
-        return new is None or old is None or new <= old
 
     def _notebooks(self, course: Any, assignment_id: str) -> frozenset[str]:
         """The files that nbgrader will parse. It skips other notebooks, and reports an unknown assignment."""
@@ -205,20 +181,6 @@ class IntakeExporter(NotebookExporter):
                 refusal,
             )
 
-    def _report(self, other: str = "") -> None:
-        """Raise what the instructor must know, with stock's own message if others failed in another way."""
-        if not self._refused:
-            return
-        lines = [
-            f"  {printable(student)} ({printable(assignment)}): {'; '.join(map(str, refusals))}"
-            for (assignment, student), refusals in self._refused.items()
-        ]
-        message = f"{len(lines)} submission(s) refused, not graded; earlier results of theirs are kept:\n" + "\n".join(
-            lines
-        )
-        self.log.error(message)
-        raise NbGraderException("\n".join(filter(None, [other, message])))
-
 
 def _refuse_unless_isolated(converter: Any) -> None:
     """The last word on what will run, whichever configuration file came last. Raises `NbGraderException`."""
@@ -233,13 +195,6 @@ def _refuse_unless_isolated(converter: Any) -> None:
         except ConfigurationError as error:
             converter.log.error("Nothing was autograded: %s", error)
             raise NbGraderException(f"Nothing was autograded: {error}") from error
-
-
-def _results(converter: Any, dest: Path) -> list[Path]:
-    """What this run replaces: a student's whole result, or with --notebook the notebooks that it names."""
-    if converter.coursedir.notebook_id == "*":
-        return [dest]
-    return [dest / os.path.basename(path) for path in converter.notebooks]
 
 
 def split_source(course: Any, step: str, student_id: str, assignment_id: str) -> tuple[Path, PurePosixPath]:

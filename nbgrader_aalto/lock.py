@@ -174,9 +174,11 @@ class _Files:
         except PermissionError:
             return _Found("", None, math.inf)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE, errno.ELOOP, errno.ENXIO):
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                return None
+            if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
                 raise
-            try:  # a symbolic link, a socket
+            try:
                 status, text = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False), b""
             except FileNotFoundError:
                 return None
@@ -456,7 +458,8 @@ def _place() -> tuple[str, int]:
 
 def _is_gone(holder: Holder) -> bool:
     """Whether the process is known not to exist any more; of another host nothing is known."""
-    if not holder.boot_id or (holder.boot_id, holder.pid_namespace) != _place():
+    here = (socket.gethostname(), *_place())  # the name, too: clones of a virtual machine share a boot id
+    if not holder.boot_id or (holder.host, holder.boot_id, holder.pid_namespace) != here:
         return False
     try:
         os.kill(holder.pid, 0)

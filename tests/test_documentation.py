@@ -10,6 +10,7 @@ import pytest
 from nbgrader.preprocessors import Execute
 
 from isolate.policy import LANDLOCK_GAPS
+from nbgrader_aalto.exchange import AaltoExchange
 from nbgrader_aalto.execute import IsolatedExecute
 from nbgrader_aalto.intake import IntakeExporter
 
@@ -41,6 +42,11 @@ def test_every_setting_of_execute_is_explained() -> None:
 def test_every_setting_of_intake_is_documented() -> None:
     names = set(IntakeExporter.class_own_traits(config=True))
     assert section("Submissions: `c.IntakeExporter`") == names
+
+
+def test_every_setting_of_the_exchange_is_documented() -> None:
+    names = set(AaltoExchange.class_own_traits(config=True))
+    assert section("The exchange: `c.AaltoExchange`") == names
 
 
 @pytest.mark.parametrize("trait", ["memory", "files_count", "processes", "wall_seconds", "keep_files", "output"])

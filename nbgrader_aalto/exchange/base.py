@@ -99,6 +99,13 @@ class AaltoExchange(default.Exchange):
         60.0, help="How long to wait for a colleague who is at the same work before giving up and saying who it is."
     ).tag(config=True)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.assignment_dir = os.path.expanduser(self.assignment_dir)
+        if os.path.isabs(self.assignment_dir):
+            with contextlib.suppress(OSError):  # the Assignment List enters it before anything of ours is called
+                os.makedirs(self.assignment_dir, exist_ok=True)
+
     def start(self) -> Any:
         """Refuse where the exchange cannot hide what it must, then do what nbgrader does."""
         if self.coursedir is not None and self.coursedir.course_id:
@@ -111,6 +118,14 @@ class AaltoExchange(default.Exchange):
         if not os.path.isdir(self.root):
             self.fail(
                 f"The exchange {self.root} does not exist; an administrator makes it (nbgrader-aalto course create)"
+            )
+
+    def refuse_file_system_root(self) -> None:
+        """A Jupyter server whose root is `/` would put assignments there."""
+        if os.path.abspath(self.assignment_dir) == "/":
+            self.fail(
+                "Assignments would lie in '/'. Where the server starts in '/', the administrator says where each "
+                "assignments are: c.Exchange.assignment_dir = '~/notebooks' or another absolute path"
             )
 
     @property
@@ -176,15 +191,20 @@ class AaltoExchange(default.Exchange):
 
     @contextlib.contextmanager
     def locked(self, purpose: str) -> Iterator[lock.Lock]:
-        """The one lock of what a course has in the exchange and in the vault. Raises `ExchangeError` if it is held."""
+        """The one lock of what a course has in the exchange and in the vault.
+
+        Raises `ExchangeError` if somebody else holds it, took it over, or no lock can be made.
+        """
         directory = Path(self.coursedir.root) / ".locks"
         try:
             with lock.locked(
                 directory, "exchange", purpose, wait_seconds=self.lock_seconds, log=self.log.warning
             ) as held:
                 yield held
-        except lock.Busy as error:
+        except (lock.Busy, lock.LockLost) as error:
             self.fail(str(error))
+        except OSError as error:
+            self.fail(f"{purpose}: {error.filename or directory}: {error.strerror}. See `nbgrader-aalto course check`")
 
     def is_member(self) -> bool:
         """Whether this process is one of the course's instructors."""

@@ -11,12 +11,14 @@ from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.exchange import default
 from nbgrader.utils import check_mode, get_osusername
 
-from nbgrader_aalto import trees
+from nbgrader_aalto import lock, trees
+from nbgrader_aalto.converters import turn
 from nbgrader_aalto.exchange.base import AaltoExchange
 from nbgrader_aalto.exchange.boxes import Delivery, Outbox, deliver, receipt_name
 from nbgrader_aalto.exchange.people import RegistryError
 from nbgrader_aalto.exchange.receipts import CONFIRMED, Receipt
 from nbgrader_aalto.exchange.stamps import SubmissionName, format_time, from_ns, parse_time
+from nbgrader_aalto.exchange.usage import readable, usage
 from nbgrader_aalto.exchange.vault import FILES, Incoming, Record, Refused, choose
 
 NOT_COPIED = ("timestamp.txt", "submission_secret.txt")
@@ -58,9 +60,13 @@ class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
             if refused:
                 self.log.warning("%d entries of %s were not taken in, see above", len(refused), self.inbound_path)
             by_student: dict[str, list[Record]] = defaultdict(list)
+            receipts = Outbox(self.open_vault().path).path
             for record in self.open_vault().records(assignment):
+                if not (receipts / record.student / receipt_name(record.name)).exists():
+                    self._confirm(record)  # whoever took it in was killed before
                 if fnmatch.fnmatchcase(record.student, self.coursedir.student_id or "*"):
                     by_student[record.student].append(record)
+            self.warn_of_sizes()
             if not by_student:
                 self.log.warning(
                     "No submissions of '%s' for course '%s' to collect", assignment, self.coursedir.course_id
@@ -97,6 +103,15 @@ class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
             raise
         return new, refused
 
+    def warn_of_sizes(self) -> None:
+        """Say who has more in inbound than ten submissions of the largest size."""
+        for one in usage(self.places.inbound, self.people()):
+            if one.bytes > 10 * self.tree_limits().tree_bytes or one.files > 10 * self.max_entries:
+                self.log.warning(
+                    "%s has %s in %d files in %s; only a quota of the file system can end that",
+                    *(one.owner, readable(one.bytes), one.files, self.places.inbound),
+                )
+
     def deliver(self) -> Delivery:
         """Bring receipts and feedback into the students' boxes."""
         outbox = Outbox(self.open_vault().path)
@@ -112,6 +127,10 @@ class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
         for note in one.notes:
             if self.check_owner or not one.on_behalf_by:
                 self.log.warning("%s, '%s': %s", one.student, one.assignment, note)
+        self._confirm(one)
+
+    def _confirm(self, one: Record) -> None:
+        """Have a receipt in the student's boxes."""
         receipt = Receipt(
             CONFIRMED,
             self.coursedir.course_id,
@@ -155,9 +174,16 @@ class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
             self.log.info("Collecting submission: %s", name)
         if due_ns is not None and record.time_ns > due_ns:
             self.log.warning("Late: %s, last change %s UTC", name, from_ns(record.time_ns))
+        course = self.coursedir
         try:
-            self._place(record, label, path)
-        except (OSError, trees.Unfit) as error:
+            with turn(  # not while somebody is autograding what would be replaced
+                *(Path(course.root), course.autograded_directory, student, record.assignment),
+                purpose=f"collecting {name}",
+                wait_seconds=self.lock_seconds,
+                log=self.log.warning,
+            ):
+                self._place(record, label, path)
+        except (lock.Busy, lock.LockLost, OSError, trees.Unfit) as error:
             self.log.error("Not collected: %s: %s. It is safe in %s", name, error, record.directory)
 
     def _path(self, student: str, assignment: str) -> Path:

@@ -15,6 +15,7 @@ class ExchangeFetchAssignment(AaltoExchange, default.ExchangeFetchAssignment):
 
     def init_src(self) -> None:
         """As in nbgrader; makes a box for feedback if the student has none."""
+        self.refuse_file_system_root()
         super().init_src()
         self.ensure_box()
 

@@ -17,6 +17,7 @@ class ExchangeFetchFeedback(AaltoExchange, default.ExchangeFetchFeedback):
         """Raises `ExchangeError` when there is no course."""
         if self.coursedir.course_id == "":
             self.fail("No course id specified. Re-run with --course flag.")
+        self.refuse_file_system_root()
         self.src_path = str(self.places.feedback)
         if not os.path.isdir(self.places.course):
             self._assignment_not_found(self.src_path, os.path.join(self.root, "*"))

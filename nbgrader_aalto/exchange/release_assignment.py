@@ -7,7 +7,8 @@ from typing import Any
 
 from nbgrader.exchange import default
 
-from nbgrader_aalto import trees
+from nbgrader_aalto import earlier, lock, trees
+from nbgrader_aalto.converters import turn
 from nbgrader_aalto.exchange.base import (
     COURSE_MODE,
     HIDDEN_MODE,
@@ -44,6 +45,12 @@ class ExchangeReleaseAssignment(AaltoExchange, default.ExchangeReleaseAssignment
         self.prepare_course()
         if problem := assignment_problem(self.coursedir.assignment_id):
             self.fail(f"'{self.coursedir.assignment_id}' cannot be released: {problem}")
+        course, assignment = self.coursedir, self.coursedir.assignment_id
+        try:
+            with turn(Path(course.root), course.release_directory, ".", assignment, wait_seconds=self.lock_seconds):
+                earlier.recover(Path(course.format_path(course.release_directory, ".", assignment)))
+        except (lock.Busy, lock.LockLost, OSError) as error:
+            self.fail(f"'{assignment}' cannot be released now: {error}")
         super().init_src()
         for directory, _, names in os.walk(self.src_path):
             for name in names:

@@ -26,6 +26,11 @@ class ExchangeSubmit(AaltoExchange, default.ExchangeSubmit):
     The time in its name is the file server's, taken from the last file that was written.
     """
 
+    def init_src(self) -> None:
+        """As in nbgrader."""
+        self.refuse_file_system_root()
+        super().init_src()
+
     def init_dest(self) -> None:
         """As in nbgrader, and the student must be hidden behind inbound's modes before anything is written."""
         super().init_dest()
@@ -58,7 +63,8 @@ class ExchangeSubmit(AaltoExchange, default.ExchangeSubmit):
             )
             raise
         for path, why in made.left_out:
-            self.log.warning("Not submitted: %s %s", path, why)
+            told = self.log.error if path.endswith(".ipynb") else self.log.warning
+            told("Not submitted: %s %s", path, why)
         self.log.info("Destination: %s", inbound / name)
         self._remember(inbound / name, receipt)
         self.log.info("Submitted as: %s %s %s", receipt.course, receipt.assignment, receipt.time)

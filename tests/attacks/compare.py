@@ -154,7 +154,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         "| row | threat | " + " | ".join(HEADINGS[wall] for wall in walls) + " |",
         "| --- " * (len(walls) + 2) + "|",
     ]
-    for row in rows.required():
+    for row in rows.of_the_sandbox():
         cells = [cell(result for result in found[wall] if row in result["rows"]) for wall in walls]
         written.append(f"| {row} | {rows.TITLES[row]} | " + " | ".join(cells) + " |")
     return written

@@ -1,12 +1,19 @@
 """EarlierResult: an earlier result goes only when a new one is complete, whatever happens in between."""
 
 import os
+import secrets
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from nbgrader_aalto.earlier import EarlierResult
+from attacks.harness import Stage
+from nbgrader_aalto.earlier import EarlierResult, aside, recover
+from upstream import run as upstream
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def make(directory: Path, text: str) -> None:
@@ -165,3 +172,102 @@ def test_a_first_notebook_that_fails_leaves_nothing(notebook: Path) -> None:
     notebook.write_text("half made, and killed")
     EarlierResult(notebook)
     assert list(notebook.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("half_made", [False, True])
+def test_what_is_not_complete_is_no_result(directory: Path, half_made: bool) -> None:
+    """However much of it is there: nbgrader may have been interrupted while it removed what failed."""
+    make(directory, "old")
+    earlier = EarlierResult(directory)
+    earlier.put_aside()
+    if half_made:
+        make(directory, "half")
+    assert earlier.settle(complete=False) == []
+    assert read(directory) == "old"
+
+
+def test_recover_says_whether_there_was_an_earlier_result(directory: Path) -> None:
+    assert recover(directory) is False
+    assert not directory.parent.exists()
+    make(directory, "old")
+    assert recover(directory) is False
+    EarlierResult(directory).put_aside()
+    make(directory, "half")
+    assert recover(directory) is True
+    assert read(directory) == "old"
+    shutil.rmtree(directory)
+    EarlierResult(directory).put_aside()
+    make(directory, "half, the first time")
+    assert recover(directory) is False
+    assert read(directory) is None
+
+
+WHO_MAY_NOT = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from nbgrader_aalto.earlier import EarlierResult
+path = Path(sys.argv[1])
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+earlier = EarlierResult(path)
+earlier.put_aside()
+path.mkdir()
+(path / "p1.ipynb").write_text("new")
+print(earlier.settle())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can leave files of others behind")
+def test_what_cannot_be_removed_is_told_and_counts_for_nothing(stage: Stage) -> None:
+    """A process of somebody else's, who may write beside the earlier result and not in all of it."""
+    package = stage.directory / f"code-{secrets.token_hex(4)}"
+    directory = package / "autograded/ann/ps1"
+    (package / "nbgrader_aalto").mkdir(parents=True)
+    for name in ("__init__", "configure", "earlier"):
+        shutil.copy(REPOSITORY / f"nbgrader_aalto/{name}.py", package / "nbgrader_aalto")
+    make(directory, "old")
+    make(directory / "kept", "old")
+    for path, mode in ((directory.parent, 0o777), (directory, 0o777), (directory / "kept", 0o755)):
+        path.chmod(mode)
+    done = subprocess.run(
+        [upstream.system_python() or sys.executable, "-c", WHO_MAY_NOT, directory, package],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kept/p1.ipynb: Permission denied" in done.stdout
+    assert (directory / "p1.ipynb").read_text() == "new"
+    assert not (directory / "kept").exists()
+    # somebody who may, here root, removes it in passing; the new result stays
+    assert recover(directory) is False
+    assert read(directory) == "new"
+
+
+def test_refuse_of_one_is_not_the_earlier_result_of_another(tmp_path: Path) -> None:
+    first, second = tmp_path / "ann/ps1", tmp_path / "ann/ps1.dropped.0123abcd"
+    make(first, "first")
+    make(second, "second")
+    EarlierResult(second).put_aside()
+    earlier = EarlierResult(first)
+    earlier.put_aside()
+    make(first, "new")
+    earlier.settle()
+    EarlierResult(first)
+    assert recover(second) is True
+    assert (second / "p1.ipynb").read_text() == "second"
+
+
+def test_a_link_survives_a_killed_run(directory: Path, tmp_path: Path) -> None:
+    make(tmp_path / "elsewhere", "mine")
+    directory.parent.mkdir(parents=True)
+    directory.symlink_to(tmp_path / "elsewhere")
+    EarlierResult(directory).put_aside()
+    assert aside(directory).exists()
+    EarlierResult(directory)
+    assert directory.is_symlink()
+    assert (tmp_path / "elsewhere/p1.ipynb").read_text() == "mine"

@@ -1,5 +1,6 @@
 """The lock: one holder at a time, whatever is killed or stopped, and nobody waits for the dead."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -308,16 +309,41 @@ def test_who_lets_go_while_taken_for_dead_leaves_a_dead_lock(directory: Path) ->
     assert files(directory) == []
 
 
+@contextlib.contextmanager
+def attempt(directory: Path, stale_seconds: float) -> Iterator[lock._Attempt]:
+    """What `locked` is made of, to stop where no test could stop a process."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    made = lock._Attempt(lock._Files(descriptor, directory, "ps1", stale_seconds), "being in between")
+    try:
+        yield made
+    finally:
+        made.close()
+        os.close(descriptor)
+
+
 def test_who_comes_late_to_a_dead_lock_leaves_the_next_one_alone(directory: Path, start: Start) -> None:
     token = dead_lock(directory, start)
     with lock.locked(directory, "ps1", "releasing", wait_seconds=0) as held:
-        late = lock._Attempt(lock._Files(os.open(directory, os.O_RDONLY), directory, "ps1", 0.0), "being late")
-        try:
+        with attempt(directory, stale_seconds=0) as late:
             assert late._end(token)  # it is gone, whoever removed it
             held.check()
-        finally:
-            late.close()
-            os.close(late._files.descriptor)
+    assert files(directory) == []
+
+
+def be_taken_for_dead(directory: Path) -> None:
+    with lock.locked(directory, "ps1", "releasing", stale_seconds=NEVER) as held:
+        with attempt(directory, stale_seconds=NEVER) as other:
+            assert not other._end(held.holder.token)
+        assert json.loads((directory / "ps1.lock").read_text())["token"] == held.holder.token
+        held.check()
+        pytest.fail("went on")
+
+
+def test_who_is_found_alive_at_the_last_moment_keeps_others_out_and_may_not_go_on(directory: Path) -> None:
+    with pytest.raises(lock.LockLost):
+        be_taken_for_dead(directory)
+    with lock.locked(directory, "ps1", "releasing", wait_seconds=0, stale_seconds=NEVER):
+        pass
     assert files(directory) == []
 
 
@@ -517,8 +543,16 @@ def course() -> Iterator[Path]:
     shutil.rmtree(place)
 
 
-@pytest.mark.parametrize("gid", [GROUP, 61_009], ids=["primary group", "supplementary group"])
-def test_colleagues_with_other_uids_share_it(course: Path, start: Start, gid: int) -> None:
+@pytest.mark.parametrize(
+    ("gid", "mode"), [(GROUP, 0o2770), (61_009, 0o2770), (61_009, 0o770)], ids=["primary", "supplementary", "no setgid"]
+)
+def test_colleagues_with_other_uids_share_it(course: Path, start: Start, gid: int, mode: int) -> None:
+    if mode == 0o770:  # somebody made it by hand
+        (course / ".locks").mkdir()
+        os.chown(course / ".locks", BOB, GROUP)
+        (course / ".locks").chmod(mode)
+        course.chmod(mode)
+
     def instructor(uid: int, **how: Any) -> Process:
         return start(
             course / ".locks",
@@ -535,7 +569,7 @@ def test_colleagues_with_other_uids_share_it(course: Path, start: Start, gid: in
     bob = instructor(BOB)
     assert bob.answer() == "held"
     made = (course / ".locks").stat()
-    assert (made.st_uid, made.st_gid, stat.S_IMODE(made.st_mode)) == (BOB, GROUP, 0o2770)
+    assert (made.st_uid, made.st_gid, stat.S_IMODE(made.st_mode)) == (BOB, GROUP, mode)
     refused = instructor(EVE, wait=0).answer()
     assert refused.startswith(f"busy uid {BOB} has been collecting 'ps1' on host ")
     bob.kill()

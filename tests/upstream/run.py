@@ -1,7 +1,8 @@
-"""nbgrader's own autograde tests, as its wheel ships them, against `nbgrader_aalto.configure(c)`.
+"""nbgrader's own tests of autograding and of the exchange, as its wheel ships them, against `configure(c)` of ours.
 
-    make test-upstream                            with our configuration
-    .venv/bin/python tests/upstream/run.py --stock    the same tests with nbgrader as it is, for comparison
+    make test-upstream                                      with our configuration
+    .venv/bin/python tests/upstream/run.py --stock          the same tests with nbgrader as it is, for comparison
+    .venv/bin/python tests/upstream/run.py --only collect   of the modules whose name contains the word
 
 Theory of operation. Some of these tests assert file modes, which root ignores. Started by root, this program
 therefore makes a stage below /tmp: an ordinary Unix user and, because the interpreter of .venv may lie where
@@ -11,7 +12,8 @@ the files. Started by an ordinary user it makes a temporary directory only and r
 
 What passes with stock nbgrader must pass here. The exceptions are in exceptions.toml, each with its reason and
 the tests of ours that take its place. The exit code is 0 if every other test ran and passed, none was skipped
-but those that the table names, and every notebook was seen to be executed in a sandbox (`witness`).
+but those that the table names, and every notebook was seen to be executed in a sandbox, every operation of the
+exchange to be one of our classes (`witness`).
 """
 
 import argparse
@@ -34,7 +36,22 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-MODULE = "nbgrader.tests.apps.test_nbgrader_autograde"
+PACKAGE = "nbgrader.tests.apps"
+NOTEBOOKS, OPERATIONS = "notebooks executed", "operations of the exchange"
+MODULES = {
+    "test_nbgrader_autograde": {NOTEBOOKS},
+    "test_nbgrader_list": {OPERATIONS},
+    "test_nbgrader_fetch_assignment": {OPERATIONS},
+    "test_nbgrader_fetchfeedback": {NOTEBOOKS, OPERATIONS},
+    "test_nbgrader_submit": {OPERATIONS},
+    "test_nbgrader_collect": {OPERATIONS},
+    "test_nbgrader_releaseassignment": {OPERATIONS},
+    "test_nbgrader_releasefeedback": {NOTEBOOKS, OPERATIONS},
+    "test_nbgrader_zip_collect": set(),
+    "test_api": {NOTEBOOKS, OPERATIONS},
+}
+"""The modules of `PACKAGE`, and what each must be seen to do."""
+OURS, STOCK = "ours", "stock"
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 CONFIGURATION = "import nbgrader_aalto\n\nc = get_config()\nnbgrader_aalto.configure(c)\n"
@@ -58,7 +75,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """exceptions.toml. Keys are names of tests, with the parameter if there is one."""
+    """exceptions.toml. Keys are `module::test`; one without parameters stands for the test with all of them."""
 
     excepted: Mapping[str, Entry]
     skipped: Mapping[str, Entry]
@@ -73,10 +90,25 @@ class Table:
         return cls(
             **{
                 section: {
-                    name: Entry(entry["reason"], tuple(entry.get("instead", ())))
-                    for name, entry in raw[section].items()
+                    f"{module}::{name}": Entry(entry["reason"], tuple(entry.get("instead", ())))
+                    for module, tests in raw[section].items()
+                    for name, entry in tests.items()
                 }
                 for section in sections
+            }
+        )
+
+    def of(self, modules: Collection[str], collected: Collection[str]) -> "Table":
+        """The entries of these modules that are to be run, one for each value of a test's parameters."""
+        return Table(
+            **{
+                field.name: {
+                    test: entry
+                    for name, entry in getattr(self, field.name).items()
+                    if name.partition("::")[0] in modules or name.partition("::")[0] not in MODULES
+                    for test in [test for test in collected if test.partition("[")[0] == name] or [name]
+                }
+                for field in dataclasses.fields(self)
             }
         )
 
@@ -127,6 +159,7 @@ class Place:
         found = {
             "PATH": os.pathsep.join([str(self.python.parent), os.environ.get("PATH", os.defpath)]),
             "HOME": str(self.directory / "home"),
+            "USER": pwd.getpwuid(self.credentials.get("user", os.geteuid())).pw_name,
             "TMPDIR": str(self.directory / "tmp"),
             "PYTHONPATH": str(self.directory / "plugin"),
             "UPSTREAM_WITNESS": str(self.directory / "witness.txt"),
@@ -278,10 +311,10 @@ def _quietly(command: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the tests went: name -> `passed`, `failed` or `skipped`; and who executed the notebooks."""
+    """How the tests went: name -> `passed`, `failed` or `skipped`; and what was done by whom, how often."""
 
     tests: Mapping[str, str]
-    executed: Mapping[str, int]
+    done: Mapping[tuple[str, str], int]
     exit_code: int
     seconds: float
 
@@ -300,38 +333,48 @@ def pytest_arguments(where: Place) -> list[str]:
     return ["-m", "pytest", "-c", str(configuration), f"--rootdir={packages}", "-p", "no:cacheprovider", "-q"]
 
 
-def collect(where: Place, common: list[str]) -> dict[str, str]:
-    """nbgrader's tests: name -> node id."""
-    done = where.run(*common, "--collect-only", "--pyargs", MODULE, stock=True, capture=True)
+def collect(where: Place, common: list[str], modules: Collection[str]) -> dict[str, str]:
+    """nbgrader's tests: `module::test` -> node id."""
+    done = where.run(*common, "--collect-only", *_pyargs(modules), stock=True, capture=True)
     if done.returncode != 0:
         raise Trouble(f"nbgrader's tests cannot be collected:\n{done.stdout}")
     ids = [line for line in done.stdout.splitlines() if "::" in line]
-    names = {node_id.rpartition("::")[2]: node_id for node_id in ids}
+    names = {f"{Path(node_id.partition('::')[0]).stem}::{node_id.rpartition('::')[2]}": node_id for node_id in ids}
     if len(names) != len(ids):
         raise Trouble("two of nbgrader's tests have one name; exceptions.toml needs longer ones")
     return names
 
 
-def run(where: Place, common: list[str], without: Collection[str], workers: int, stock: bool) -> Outcome:
-    """Run all but the node ids in `without`."""
+def _pyargs(modules: Collection[str]) -> list[str]:
+    return ["--pyargs", *(f"{PACKAGE}.{module}" for module in modules)]
+
+
+def run(
+    where: Place, common: list[str], modules: Collection[str], without: Collection[str], workers: int, stock: bool
+) -> Outcome:
+    """Run all tests of the modules but the node ids in `without`."""
     report = where.directory / "home/report.xml"
     options = ["-p", "witness", "-n", str(workers), "--tb=short", "-W", "ignore", f"--junitxml={report}"]
     deselected = [f"--deselect={node_id}" for node_id in without]
     started = time.monotonic()
-    done = where.run(*common, *options, *deselected, "--pyargs", MODULE, stock=stock)
+    done = where.run(*common, *options, *deselected, *_pyargs(modules), stock=stock)
     if not report.exists():
         raise Trouble(f"pytest ended with exit code {done.returncode} and without a report")
     tests: dict[str, str] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         went = {child.tag for child in case} & {"failure", "error", "skipped"}
         how = "passed" if not went else "skipped" if went == {"skipped"} else "failed"
-        name = case.attrib["name"]
+        module = next((part for part in case.attrib["classname"].split(".") if part in MODULES), "")
+        name = f"{module}::{case.attrib['name']}"
         tests[name] = "failed" if tests.get(name) == "failed" else how  # one that fails twice is there twice
-    executed = Counter((where.directory / "witness.txt").read_text().split())
-    return Outcome(tests, executed, done.returncode, time.monotonic() - started)
+    notes = [line.rpartition(" by ") for line in (where.directory / "witness.txt").read_text().splitlines()]
+    counted = Counter((what, who) for what, _, who in notes)
+    return Outcome(tests, counted, done.returncode, time.monotonic() - started)
 
 
-def problems(table: Table, expected: Collection[str], outcome: Outcome, stock: bool) -> list[str]:
+def problems(
+    table: Table, modules: Collection[str], expected: Collection[str], outcome: Outcome, stock: bool
+) -> list[str]:
     """Everything for which the exit code must not be 0."""
     found = [f"failed: {name}" for name in outcome.named("failed")]
     found += [f"did not run: {name}" for name in sorted(set(expected) - outcome.tests.keys())]
@@ -344,11 +387,17 @@ def problems(table: Table, expected: Collection[str], outcome: Outcome, stock: b
         for name in table.skipped
         if outcome.tests.get(name) in {"passed", "failed"}
     ]
-    right, wrong = ("stock", "sandbox") if stock else ("sandbox", "stock")
-    if not outcome.executed.get(right):
-        found.append(f"no notebook was executed by {right}: the configuration was not in force")
-    if outcome.executed.get(wrong):
-        found.append(f"{outcome.executed[wrong]} notebook(s) were executed by {wrong}, and none should be")
+    right, wrong = (STOCK, OURS) if stock else (OURS, STOCK)
+    found += [
+        f"no {what} by {right}: the configuration was not in force"
+        for what in sorted(set().union(*(MODULES[module] for module in modules)))
+        if not outcome.done.get((what, right))
+    ]
+    found += [
+        f"{count} {what} by {who}, and there should be none"
+        for (what, who), count in sorted(outcome.done.items())
+        if who == wrong
+    ]
     if outcome.exit_code != 0 and not found:
         found.append(f"pytest ended with exit code {outcome.exit_code}")
     return found
@@ -356,15 +405,13 @@ def problems(table: Table, expected: Collection[str], outcome: Outcome, stock: b
 
 def summary(table: Table, where: Place, outcome: Outcome, excepted: Collection[str], stock: bool) -> str:
     configuration = "stock nbgrader" if stock else "nbgrader_aalto.configure(c)"
-    notebooks = ", ".join(
-        f"{count} in {'the sandbox' if how == 'sandbox' else how}" for how, count in sorted(outcome.executed.items())
-    )
+    done = ", ".join(f"{what} by {who}: {count}" for (what, who), count in sorted(outcome.done.items()))
     lines = [
         "",
-        f"nbgrader's autograde tests with {configuration}, {where.who}, in {outcome.seconds:.0f} s:",
+        f"nbgrader's own tests with {configuration}, {where.who}, in {outcome.seconds:.0f} s:",
         f"  passed {len(outcome.named('passed'))}, excepted {len(excepted)}, "
-        f"skipped by nbgrader {len(outcome.named('skipped'))}, failed {len(outcome.named('failed'))}; "
-        f"notebooks executed: {notebooks or 'none'}",
+        f"skipped by nbgrader {len(outcome.named('skipped'))}, failed {len(outcome.named('failed'))}",
+        f"  {done or 'nothing seen to be done'}",
     ]
     entries = {**table.skipped, **table.as_root, **table.excepted}
     for title, names in (("excepted", sorted(excepted)), ("skipped", outcome.named("skipped"))):
@@ -377,10 +424,14 @@ def summary(table: Table, where: Place, outcome: Outcome, excepted: Collection[s
 
 def main() -> int:
     """Exit code: 0 all is well, 1 tests failed, 2 they could not be run."""
-    parser = argparse.ArgumentParser(description="Run nbgrader's own autograde tests against this plugin.")
+    parser = argparse.ArgumentParser(description="Run nbgrader's own tests against this plugin.")
     parser.add_argument("--stock", action="store_true", help="without our configuration, nothing excepted")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes [%(default)s]")
+    parser.add_argument("--only", metavar="WORD", default="", help="the modules whose name contains this")
     arguments = parser.parse_args()
+    modules = [module for module in MODULES if arguments.only in module]
+    if not modules:
+        parser.error(f"no module's name contains {arguments.only!r}; there are {', '.join(MODULES)}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
@@ -388,13 +439,15 @@ def main() -> int:
         with place() as where:
             where.prepare()
             common = pytest_arguments(where)
-            collected = collect(where, common)
+            collected = collect(where, common, modules)
+            table = table.of(modules, collected)
             excepted = {} if arguments.stock else dict(table.excepted)
             excepted |= table.as_root if where.is_root else {}
             untrue = table.untrue(collected)
             without = [collected[name] for name in excepted if name in collected]
-            outcome = run(where, common, without, arguments.workers, arguments.stock)
-            wrong = untrue + problems(table, collected.keys() - excepted.keys(), outcome, arguments.stock)
+            outcome = run(where, common, modules, without, arguments.workers, arguments.stock)
+            expected = collected.keys() - excepted.keys()
+            wrong = untrue + problems(table, modules, expected, outcome, arguments.stock)
             print(summary(table, where, outcome, excepted, arguments.stock), flush=True)
     except Trouble as trouble:
         print(f"nbgrader's tests could not be run: {trouble}", file=sys.stderr)

@@ -40,6 +40,7 @@ def timestamp(world: World, who: Member, assignment: str) -> datetime:
     return moment
 
 
+@pytest.mark.threat("90")
 def test_modes_after_collecting(world: World) -> None:
     assignment, student = world.release(), world.campus.students[0]
     world.submit(student, assignment, {"sub/data.txt": "1"})
@@ -52,6 +53,7 @@ def test_modes_after_collecting(world: World) -> None:
     assert {path.stat().st_gid for path in world.tree.root.rglob("*")} == {world.campus.gid}
 
 
+@pytest.mark.threat("90")
 def test_one_instructor_carries_on_where_the_other_stopped(world: World) -> None:
     assignment, (alice, bob, _) = world.release(), world.campus.students
     world.submit(alice, assignment)
@@ -66,6 +68,7 @@ def test_one_instructor_carries_on_where_the_other_stopped(world: World) -> None
     assert [record["student"] for record in world.records(assignment)] == [alice.name, alice.name, bob.name]
 
 
+@pytest.mark.threat("84")
 def test_the_owner_is_the_submitter(world: World) -> None:
     assignment, (alice, bob, _) = world.release(), world.campus.students
     world.submit(alice, assignment)
@@ -76,6 +79,7 @@ def test_the_owner_is_the_submitter(world: World) -> None:
     assert not world.submitted(bob, assignment).exists()
 
 
+@pytest.mark.threat("84")
 def test_the_time_is_the_file_servers(world: World) -> None:
     assignment, student = world.release(), world.campus.students[0]
     back = "\nfor d, _, f in os.walk(path):\n    for n in [*f, '.']: os.utime(os.path.join(d, n), (1e9, 1e9))"
@@ -90,6 +94,7 @@ def test_the_time_is_the_file_servers(world: World) -> None:
     )
 
 
+@pytest.mark.threat("85")
 def test_a_change_after_the_deadline_is_a_late_submission(world: World) -> None:
     """Row 85: the intact one counts if somebody took it in, and the changed one is reported."""
     assignment, student = world.release(), world.campus.students[0]
@@ -110,6 +115,7 @@ def test_a_change_after_the_deadline_is_a_late_submission(world: World) -> None:
     assert (world.submitted(student, assignment) / "p1.ipynb").read_text() == NOTEBOOK + " "
 
 
+@pytest.mark.threat("85")
 def test_a_change_that_is_set_back_is_late_too(world: World) -> None:
     assignment, student = world.release(), world.campus.students[0]
     path = world.submit(student, assignment, {"wrong.txt": "wrong"})
