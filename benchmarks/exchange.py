@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from attacks.harness import Stage  # noqa: E402
-from campus import Campus, Member  # noqa: E402
+from attacks.harness import Stage
+from campus import Campus, Member
 
 COURSE, ASSIGNMENT = "burst", "ps1"
 SUBMIT = """
@@ -199,9 +199,8 @@ def main() -> int:
             for name, found in runs.items():
                 found.append(burst(campus, students, arguments.each, name == "nbgrader-aalto", arguments.kilobytes))
         lost = any(run["kept in the vault"] != wanted for run in runs["nbgrader-aalto"])
-        print(
-            f"{arguments.students} students, {arguments.each} submissions each, all at once, medians of {arguments.rounds}"
-        )
+        people, rounds = f"{arguments.students} students", f"medians of {arguments.rounds}"
+        print(f"{people}, {arguments.each} submissions each, all at once, {rounds}")
         print(f"{'':22}" + "".join(f"{name:>18}" for name in runs))
         for row in runs["stock nbgrader"][0]:
             cells = [statistics.median(run[row] for run in found) for found in runs.values()]

@@ -107,9 +107,9 @@ def walk(
 ) -> Iterator[Entry]:
     """All files and directories below the open `directory`, which is closed; each directory before its contents.
 
-    Paths are relative. Those for which `leave_out` is true are not looked at. What is neither file nor directory goes to
-    `odd(path, what it is)`, which raises `NotPlain` unless given. With `follow_links` a link to a regular file counts
-    as that file; never one to a directory. Raises `OSError` for what cannot be opened, or is swapped meanwhile.
+    Paths are relative. Those for which `leave_out` is true are not looked at. What is neither file nor directory goes
+    to `odd(path, what it is)`, which raises `NotPlain` unless given. With `follow_links` a link to a regular file
+    counts as that file; never one to a directory. Raises `OSError` for what cannot be opened, or is swapped meanwhile.
     """
     yield from _walk(directory, "", leave_out, odd, follow_links)
 

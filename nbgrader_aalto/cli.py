@@ -42,7 +42,7 @@ course's directory, at outbound with all that was released, and at the modes of 
 students handed in is never looked at. Each finding comes with what is wrong and who runs what.
 
 Without --exchange it is the one of nbgrader_config.py. Root does not run that file, which instructors may change, and
-names SLUG and --exchange, or only the course directory is looked at.
+names SLUG and --exchange, or only the course directory is looked at. With SLUG and all options it is run for nobody.
 
 exit code: 0 nothing found; 1 something; 2 the course was not found, or is not yours
 
@@ -215,13 +215,13 @@ def repair(options: argparse.Namespace) -> int:
 
 
 def _found(options: argparse.Namespace) -> course.Course:
-    root = os.geteuid() == 0
+    told = all((options.slug, options.course_dir, options.exchange, options.group is not None))
     found = course.find(
         options.slug,
         options.course_dir,
         exchange=options.exchange,
         group=options.group,
-        run_configuration=not root,
+        run_configuration=os.geteuid() != 0 and not told,
     )
     if not found.in_exchange:
         print(

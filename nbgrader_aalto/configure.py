@@ -49,7 +49,7 @@ def configure(c: "Config") -> None:
     `c.ExchangeFactory`; then all of them stay as they are. In a course of several instructors, an instructor's process
     gets a umask of 007, and the gradebook is one that all of them can write to.
     """
-    if not any(name in c.ExchangeFactory for name in EXCHANGE):
+    if not any(name in c.get("ExchangeFactory", {}) for name in EXCHANGE):
         for name, cls in EXCHANGE.items():
             c.ExchangeFactory[name] = cls
     _share(c)
@@ -66,10 +66,11 @@ def configure(c: "Config") -> None:
 
 def _share(c: "Config") -> None:
     """Umask and gradebook of a course of several instructors, before nbgrader opens its log and the gradebook."""
-    root = Path(str(c.CourseDirectory.get("root", "") or os.getcwd()))
-    db_url = str(c.CourseDirectory.get("db_url", "") or f"sqlite:///{root.absolute()}/gradebook.db")
+    course = c.get("CourseDirectory", {})  # c.CourseDirectory would make one
+    root = Path(str(course.get("root", "") or os.getcwd()))
+    db_url = str(course.get("db_url", "") or f"sqlite:///{root.absolute()}/gradebook.db")
     try:
-        shared.prepare(root, db_url, bool(c.CourseDirectory.get("groupshared", False)))
+        shared.prepare(root, db_url, bool(course.get("groupshared", False)))
     except (shared.NotShared, OSError) as error:
         print(f"nbgrader-aalto: {error}", file=sys.stderr)
 
@@ -77,8 +78,9 @@ def _share(c: "Config") -> None:
 def _keep_earlier_results(c: "Config") -> None:
     """An exporter class of the course's own stays: no student code runs there."""
     for converter, exporter in GENERATING.items():
-        own = next((c[name].exporter_class for name in (converter, "BaseConverter") if "exporter_class" in c[name]), "")
-        if not own:
+        sections = [c.get(name, {}) for name in (converter, "BaseConverter")]  # c[name] would make one
+        own = next((section["exporter_class"] for section in sections if "exporter_class" in section), None)
+        if own is None:
             c[converter].exporter_class = exporter
         elif not _is_careful(own):
             print(

@@ -10,6 +10,7 @@ import pytest
 from nbgrader.preprocessors import Execute
 
 from isolate.policy import LANDLOCK_GAPS
+from nbgrader_aalto.converters import CarefulExporter
 from nbgrader_aalto.exchange import AaltoExchange
 from nbgrader_aalto.execute import IsolatedExecute
 from nbgrader_aalto.intake import IntakeExporter
@@ -42,6 +43,10 @@ def test_every_setting_of_execute_is_explained() -> None:
 def test_every_setting_of_intake_is_documented() -> None:
     names = set(IntakeExporter.class_own_traits(config=True))
     assert section("Submissions: `c.IntakeExporter`") == names
+
+
+def test_every_setting_of_the_converters_is_documented() -> None:
+    assert section("Converters: `c.CarefulExporter`") == set(CarefulExporter.class_own_traits(config=True))
 
 
 def test_every_setting_of_the_exchange_is_documented() -> None:

@@ -101,10 +101,11 @@ class AaltoExchange(default.Exchange):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.assignment_dir = os.path.expanduser(self.assignment_dir)
-        if os.path.isabs(self.assignment_dir):
+        directory = os.path.expanduser(self.assignment_dir)
+        self.set_trait("assignment_dir", directory)
+        if os.path.isabs(directory):
             with contextlib.suppress(OSError):  # the Assignment List enters it before anything of ours is called
-                os.makedirs(self.assignment_dir, exist_ok=True)
+                os.makedirs(directory, exist_ok=True)
 
     def start(self) -> Any:
         """Refuse where the exchange cannot hide what it must, then do what nbgrader does."""

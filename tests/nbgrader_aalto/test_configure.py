@@ -17,7 +17,7 @@ from traitlets.config.loader import PyFileConfigLoader
 
 from e2e.courses import SAFE, Course, answer, check, contents, notebook
 from nbgrader_aalto import configure
-from nbgrader_aalto.configure import EXCHANGE, INTAKE_EXPORTER, ISOLATED_EXECUTE, REFUSE_TO_RUN, isolated
+from nbgrader_aalto.configure import EXCHANGE, GENERATING, INTAKE_EXPORTER, ISOLATED_EXECUTE, REFUSE_TO_RUN, isolated
 from nbgrader_aalto.execute import IsolatedExecute
 from nbgrader_aalto.intake import IntakeExporter
 
@@ -67,6 +67,7 @@ def test_without_settings_only_execute_is_replaced_and_the_intake_added() -> Non
             "exporter_class": INTAKE_EXPORTER,
         },
         "ExchangeFactory": EXCHANGE,
+        **{converter: {"exporter_class": exporter} for converter, exporter in GENERATING.items()},
     }
 
 
@@ -97,6 +98,8 @@ c.ClearSolutions.code_stub = {"python": "pass"}
         "create_student", "sanitize_preprocessors", "autograde_preprocessors", "exporter_class",
     }  # fmt: skip
     del config.Autograde["autograde_preprocessors"], config.Autograde["exporter_class"]
+    for ours in ("ExchangeFactory", *GENERATING):
+        del config[ours]
     assert repr(config) == repr(before)
 
 

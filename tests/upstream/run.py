@@ -99,18 +99,18 @@ class Table:
         )
 
     def of(self, modules: Collection[str], collected: Collection[str]) -> "Table":
-        """The entries of these modules that are to be run, one for each value of a test's parameters."""
-        return Table(
-            **{
-                field.name: {
-                    test: entry
-                    for name, entry in getattr(self, field.name).items()
-                    if name.partition("::")[0] in modules or name.partition("::")[0] not in MODULES
-                    for test in [test for test in collected if test.partition("[")[0] == name] or [name]
-                }
-                for field in dataclasses.fields(self)
-            }
-        )
+        """The entries for `modules`, as names of collected tests where there are some: one for each parameter."""
+
+        def chosen(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+            found: dict[str, Entry] = {}
+            for name, entry in entries.items():
+                module = name.partition("::")[0]
+                if module in modules or module not in MODULES:
+                    tests = [test for test in collected if test.partition("[")[0] == name]
+                    found |= dict.fromkeys(tests or [name], entry)
+            return found
+
+        return Table(chosen(self.excepted), chosen(self.skipped), chosen(self.as_root))
 
     def untrue(self, collected: Collection[str]) -> list[str]:
         """What the table says and is not so: names that no test has, replacements that do not exist."""

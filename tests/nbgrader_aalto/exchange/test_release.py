@@ -85,7 +85,7 @@ def test_a_notebook_whose_name_would_break_later_is_refused(world: World) -> Non
     assert "rename the notebook" in done.log
 
 
-@pytest.mark.parametrize("name", ["ps 1 (a) & b's", "tehtävä.1", "a'b\"c", "課題"])
+@pytest.mark.parametrize("name", ["ps 1 (a) & b's", "tehtävä.1", "a'b; c=d", "課題"])
 def test_names_that_work(world: World, name: str) -> None:
     """Through release, fetch, submit, collect, feedback and its fetching."""
     student = world.campus.students[1]
