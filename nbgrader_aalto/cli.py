@@ -11,7 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from nbgrader_aalto import course
+from nbgrader_aalto import course, upkeep
+from nbgrader_aalto.create import create as create_course
 
 FOUND, REFUSED, UNCONFIRMED = 1, 2, 3
 """Exit codes: something is left to do, or wrong; nothing was done; a receipt is not confirmed yet."""
@@ -74,6 +75,15 @@ examples:
   nbgrader-aalto exchange watch python26
   nbgrader-aalto exchange watch python26 --once       (for a timer)
   systemd-run --user --working-directory=/courses/python26 nbgrader-aalto exchange watch python26
+"""
+_SIZES_EPILOG = """\
+Counts all that lies in the course's inbound by owner, the largest first. Only a quota of the file system can bound it;
+this says for whom one is due. An instructor runs it in the course directory, or names it.
+
+exit code: 0 counted; 2 the course was not found
+
+examples:
+  nbgrader-aalto exchange sizes python26
 """
 _VERIFY_EPILOG = """\
 A receipt is given at submit, unconfirmed. When the course has the submission, an instructor's process puts a confirmed
@@ -167,6 +177,10 @@ def _add_exchange(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     each.add_argument("--once", action="store_true", help="one pass, then end")
     each.add_argument("--interval", metavar="SECONDS", type=seconds, default=2.0, help="between passes (%(default)g)")
     each.set_defaults(handler=watch)
+    each = _action(actions, "sizes", "who uses how much of the exchange", _SIZES_EPILOG)
+    each.add_argument("course", metavar="COURSE", help="the course's name: c.CourseDirectory.course_id")
+    each.add_argument("--course-dir", metavar="DIR", type=directory, help="(as configured, or here)")
+    each.set_defaults(handler=sizes)
 
 
 def _add_receipt(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -192,7 +206,7 @@ def create(options: argparse.Namespace) -> int:
         gid = group(f"jupyter-{options.slug}") if options.group is None else options.group
     except argparse.ArgumentTypeError as error:
         raise course.CourseError(str(error)) from error
-    made = course.create(course.Course(options.slug, options.course_dir, options.exchange, gid), options.old)
+    made = create_course(course.Course(options.slug, options.course_dir, options.exchange, gid), options.old)
     for line in made.done:
         print(line)
     for line in made.missing:
@@ -206,12 +220,12 @@ def create(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """`nbgrader-aalto course check`."""
-    return _tell(course.check(_found(options)))
+    return _tell(upkeep.check(_found(options)))
 
 
 def repair(options: argparse.Namespace) -> int:
     """`nbgrader-aalto course repair`."""
-    return _tell(course.repair(_found(options), print))
+    return _tell(upkeep.repair(_found(options), print))
 
 
 def _found(options: argparse.Namespace) -> course.Course:
@@ -275,6 +289,23 @@ def watch(options: argparse.Namespace) -> int:
         Watcher(coursedir=app.coursedir, authenticator=app.authenticator, parent=app).start()
     except ExchangeError:
         return FOUND  # the log says why
+    return 0
+
+
+def sizes(options: argparse.Namespace) -> int:
+    """`nbgrader-aalto exchange sizes`."""
+    if os.geteuid() == 0:
+        raise course.CourseError("root does not run the course's nbgrader_config.py; an instructor does this")
+    if problem := course.slug_problem(options.course):
+        raise course.CourseError(f"{options.course!r} cannot be a course: {problem}")
+    app = _nbgrader(options.course, options.course_dir)
+    from nbgrader_aalto.exchange.collect import ExchangeCollect
+    from nbgrader_aalto.exchange.usage import readable, usage
+
+    exchange = ExchangeCollect(coursedir=app.coursedir, authenticator=app.authenticator, parent=app)
+    print(f"{'bytes':>10} {'files':>8} {'entries':>8}  owner")
+    for one in usage(exchange.places.inbound, exchange.people()):
+        print(f"{readable(one.bytes):>10} {one.files:>8} {one.entries:>8}  {course.printable(one.owner)}")
     return 0
 
 

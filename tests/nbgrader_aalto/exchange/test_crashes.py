@@ -182,3 +182,33 @@ def test_outbound_is_full(world: World) -> None:
         assert "What was released before is unchanged" in done.log
         assert (outbound / "full/p1.ipynb").read_text() == "a" * 100_000
         assert os.listdir(outbound) == ["full"]
+
+
+@pytest.mark.threat("87")
+def test_who_uses_how_much_is_reported(world: World) -> None:
+    """Sparse files count by their blocks; directories nested deeper than Python can call are counted, too."""
+    alice, bob, _ = world.campus.students
+    world.submit(alice, world.release(), {"data.bin": "x" * 300_000})
+    name = f"{bob.name}+deep+2026-01-01 00:00:00 UTC+abcdefghijkl"
+    code = (
+        "import os, sys; os.umask(0o007); os.chdir(sys.argv[1]); os.mkdir(sys.argv[2]); os.chdir(sys.argv[2])\n"
+        "open('sparse', 'w').truncate(1 << 40)\n"
+        "for i in range(3000): os.mkdir('d'); os.chdir('d')\n"
+        "open('bottom', 'w').write('x')"
+    )
+    made = bob.python(code, world.inbound, name)
+    assert made.code == 0, made.log
+    try:
+        done = world.campus.instructors[1].aalto(
+            "exchange", "sizes", world.tree.name, cwd=world.tree.root, env=world.tree.env()
+        )
+        assert done.code == 0, done.log
+        units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+        rows = [line.split() for line in done.log.splitlines()[1:]]
+        used = {row[-1]: float(row[0]) * units[row[1]] for row in rows}
+        assert used[alice.name] >= 300_000
+        assert used[bob.name] < 1_000_000
+        log = world.collect("deep")
+        assert "deeper than" in log or "has 1099511627776 bytes" in log
+    finally:
+        subprocess.run(["rm", "-rf", world.inbound / name], check=True)
