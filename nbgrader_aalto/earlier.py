@@ -9,15 +9,16 @@ called `ps1` is not complete. Each change of state is one rename: the new result
 `.ps1.before` is called `.ps1.dropped.<random>`, and what has that name is refuse, even if it cannot be removed.
 
 All of it is for who holds the lock of this result (`converters.turn`): for anybody else a colleague's work looks like
-what a killed run left. Standard library only; refuses to know nbgrader.
+what a killed run left. Refuses to know nbgrader.
 """
 
 import contextlib
 import os
 import re
 import secrets
-import shutil
 from pathlib import Path
+
+from nbgrader_aalto import trees
 
 
 class EarlierResult:
@@ -112,17 +113,10 @@ def _is_made(path: Path) -> bool:
 
 def _remove(path: Path) -> list[str]:
     """Returns what is left of it, with the reason."""
-    left: list[str] = []
-
-    def failed(_: object, name: str, info: tuple[type[BaseException], BaseException, object]) -> None:
-        if not isinstance(info[1], FileNotFoundError):
-            left.append(f"{name}: {getattr(info[1], 'strerror', None) or info[1]}")
-
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=failed)
-        return left
+        return trees.remove(path)
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        left.append(f"{path}: {error.strerror}")
-    return left
+        return [f"{path}: {error.strerror}"]
+    return []

@@ -225,9 +225,8 @@ def test_what_cannot_be_removed_is_told_and_counts_for_nothing(stage: Stage) -> 
     """A process of somebody else's, who may write beside the earlier result and not in all of it."""
     package = stage.directory / f"code-{secrets.token_hex(4)}"
     directory = package / "autograded/ann/ps1"
-    (package / "nbgrader_aalto").mkdir(parents=True)
-    for name in ("__init__", "configure", "earlier"):
-        shutil.copy(REPOSITORY / f"nbgrader_aalto/{name}.py", package / "nbgrader_aalto")
+    for name in ("nbgrader_aalto", "isolate"):
+        shutil.copytree(REPOSITORY / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     make(directory, "old")
     make(directory / "kept", "old")
     for path, mode in ((directory.parent, 0o777), (directory, 0o777), (directory / "kept", 0o755)):

@@ -57,7 +57,7 @@ REPOSITORY = HERE.parents[1]
 CONFIGURATION = "import nbgrader_aalto\n\nc = get_config()\nnbgrader_aalto.configure(c)\n"
 EXTRAS = "test"
 MINIMUM = (3, 11)
-LONG = 1800.0
+LONG = 7200.0
 """Seconds: many times what the tests take."""
 
 
