@@ -6,6 +6,7 @@ Everything that it writes lies below one directory, and no process of it outlive
 import contextlib
 import dataclasses
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,19 +121,25 @@ def browser(directory: Path) -> Iterator[Browser]:
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or chromedriver is None:
         pytest.skip("there is no chromium or no chromedriver (Debian: chromium, chromium-driver)")
+    with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as short:  # sockets: 107 bytes
+        yield from _browse(directory, Path(short), chromium, chromedriver)
+
+
+def _browse(directory: Path, short: Path, chromium: str, chromedriver: str) -> Iterator[Browser]:
+    directory.mkdir(parents=True)
     for name in ("profile", "home", "tmp"):
-        (directory / name).mkdir(parents=True)
+        (short / name).mkdir()
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in (*_FLAGS, f"--user-data-dir={directory / 'profile'}", f"--crash-dumps-dir={directory / 'tmp'}"):
+    for flag in (*_FLAGS, f"--user-data-dir={short / 'profile'}", f"--crash-dumps-dir={short / 'tmp'}"):
         options.add_argument(flag)
     service = webdriver.ChromeService(
         executable_path=chromedriver,
         log_output=str(directory / "chromedriver.log"),
         env={
             "PATH": "/usr/local/bin:/usr/bin:/bin",
-            "HOME": str(directory / "home"),
-            "TMPDIR": str(directory / "tmp"),
+            "HOME": str(short / "home"),
+            "TMPDIR": str(short / "tmp"),
             "LANG": "C.UTF-8",
         },
     )

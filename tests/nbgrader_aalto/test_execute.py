@@ -226,8 +226,9 @@ def test_modes_are_those_of_stock_nbgrader(graded: Graded) -> None:
 
 def test_nobody_but_the_grader_left_something_in_the_course_or_home(graded: Graded) -> None:
     assert {path.name for path in graded.course.root.iterdir()} <= {
-        "source", "release", "submitted", "autograded", "gradebook.db", "nbgrader_config.py",
+        "source", "release", "submitted", "autograded", "gradebook.db", "nbgrader_config.py", ".locks",
     }  # fmt: skip
+    assert not list((graded.course.root / ".locks").iterdir())
     assert not (graded.course.home / ".ipython/profile_default").exists()  # where a kernel would have run
 
 

@@ -24,7 +24,7 @@ def fetched(world: World, who: Member, assignment: str) -> list[str]:
     """Fetch feedback; the texts of the pages."""
     done = world.as_student(who, "fetch_feedback", assignment)
     assert done.code == 0, done.log
-    return [p.read_text() for p in sorted((who.home / "notebooks" / assignment / "feedback").glob("*/p1.html"))]
+    return [p.read_text() for p in sorted((world.notebooks(who) / assignment / "feedback").glob("*/p1.html"))]
 
 
 def release(world: World, assignment: str, *options: str, who: int = 0) -> str:
@@ -141,7 +141,7 @@ def test_a_lost_box_is_filled_again(world: World) -> None:
     world.write_feedback(student, assignment, "once")
     release(world, assignment)
     before = len(boxes(world, student))
-    shutil.rmtree(student.home / ".local/share/jupyter/nbgrader_cache/.boxes")
+    (student.home / ".local/share/jupyter/nbgrader_cache/.boxes" / world.tree.name).unlink()
     assert fetched(world, student, assignment) == []
     assert len(boxes(world, student)) == before + 1
     world.collect(assignment)

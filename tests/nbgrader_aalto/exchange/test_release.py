@@ -38,7 +38,7 @@ def test_modes_after_releasing(world: World) -> None:
     student = world.campus.students[0]
     fetched = world.as_student(student, "fetch_assignment", "modes")
     assert fetched.code == 0, fetched.log
-    found = modes(student.home / "notebooks/modes")
+    found = modes(world.notebooks(student) / "modes")
     assert found == {".": "755", "p1.ipynb": "644", "data": "755", "data/d.txt": "644"}
 
 
@@ -105,7 +105,7 @@ def test_names_that_work(world: World, name: str) -> None:
     assert world.as_instructor("release_feedback", name).code == 0
     assert "feedback ready" in world.as_student(student, "list", name, "--cached").log
     assert world.as_student(student, "fetch_feedback", name).code == 0
-    pages = list((student.home / "notebooks" / name / "feedback").glob("*/p1.html"))
+    pages = list((world.notebooks(student) / name / "feedback").glob("*/p1.html"))
     assert [page.read_text() for page in pages] == ["page"]
 
 

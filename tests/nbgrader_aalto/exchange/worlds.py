@@ -111,6 +111,10 @@ class World:
     def boxes(self) -> Path:
         return self.tree.exchange / self.tree.name / "feedback"
 
+    def notebooks(self, who: Member) -> Path:
+        """A student's directory for this course: other modules' tests run at the same time."""
+        return who.home / f"notebooks {self.tree.top.name}"
+
     def release(self, assignment: str | None = None) -> str:
         """A new assignment in the exchange, as released by an instructor."""
         assignment = assignment or f"ps{next(_NUMBER)}"
@@ -125,12 +129,12 @@ class World:
 
     def work(self, who: Member, assignment: str, files: Mapping[str, str] | None = None) -> Path:
         """The student's working directory with the notebook and these files."""
-        directory = who.home / "notebooks" / assignment
+        directory = self.notebooks(who) / assignment
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in {"p1.ipynb": NOTEBOOK, **(files or {})}.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text(text, encoding="utf-8")
-        give(who.home / "notebooks", who)
+        give(self.notebooks(who), who)
         return directory.parent
 
     def submit(self, who: Member, assignment: str, files: Mapping[str, str] | None = None, *options: str) -> Path:
@@ -144,9 +148,9 @@ class World:
 
     def as_student(self, who: Member, *arguments: str) -> Done:
         """An nbgrader command in the student's notebooks."""
-        (who.home / "notebooks").mkdir(exist_ok=True)
-        give(who.home / "notebooks", who)
-        return self.clerks.nbgrader(who, *arguments, cwd=who.home / "notebooks", env=self.tree.env())
+        self.notebooks(who).mkdir(exist_ok=True)
+        give(self.notebooks(who), who)
+        return self.clerks.nbgrader(who, *arguments, cwd=self.notebooks(who), env=self.tree.env())
 
     def as_instructor(self, *arguments: str, who: int = 0) -> Done:
         """An nbgrader command in the course directory."""
@@ -207,9 +211,10 @@ def world(campus: Campus, request: pytest.FixtureRequest) -> Iterator[World]:
     )
     assert made.code == 0, made.log
     clerks = Clerks()
+    made_world = World(campus, tree, clerks)
     try:
-        yield World(campus, tree, clerks)
+        yield made_world
     finally:
         clerks.close()
         for student in campus.students:
-            shutil.rmtree(student.home / "notebooks", ignore_errors=True)
+            shutil.rmtree(made_world.notebooks(student), ignore_errors=True)
