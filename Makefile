@@ -34,7 +34,7 @@ test: lint test-all test-upstream ## lint, every test, nbgrader's own autograde 
 test-all: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
-test-upstream: setup ## nbgrader's own autograde tests against this plugin
+test-upstream: setup ## nbgrader's own autograde and exchange tests against this plugin
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/upstream/run.py
 
 attacks: setup ## every attack of the threat catalogue, as a table
