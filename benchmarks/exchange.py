@@ -13,6 +13,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -188,6 +189,8 @@ def main() -> int:
     if os.geteuid() != 0:
         print("Only root can make the Unix users of this benchmark.", file=sys.stderr)
         return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the users go
     stage, students = Stage.new(), []
     campus = Campus.open(stage)
     wanted = arguments.students * arguments.each
