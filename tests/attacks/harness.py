@@ -82,7 +82,9 @@ class Stage:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.user_name = "attack-" + re.sub(r"[^a-z0-9]", "", directory.name.lower())[-12:]
+        # One user for each test worker: a limit on a user's processes (RLIMIT_NPROC) counts those of all workers.
+        self._prefix = "attack-" + re.sub(r"[^a-z0-9]", "", directory.name.lower())[-12:]
+        self.user_name = self._prefix + "-" + os.environ.get("PYTEST_XDIST_WORKER", "gw0")
 
     @classmethod
     def new(cls) -> "Stage":
@@ -141,7 +143,7 @@ class Stage:
             try:
                 entry = pwd.getpwnam(self.user_name)
             except KeyError:
-                home = self.directory / "home"
+                home = self.directory / f"home-{self.user_name}"
                 subprocess.run(
                     ["useradd", "--system", "--user-group", "--create-home", "--home-dir", home, self.user_name],
                     check=True,
@@ -151,17 +153,16 @@ class Stage:
         return Person(entry.pw_name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
 
     def close(self) -> None:
-        """Remove the user, whatever it still runs, and all files."""
-        with contextlib.suppress(KeyError):
-            uid = pwd.getpwnam(self.user_name).pw_uid
-            if os.geteuid() == 0 and uid != 0:
-                for pid in processes(lambda pid: os.stat(f"/proc/{pid}").st_uid == uid):
+        """Remove the users of all workers, whatever they still run, and all files."""
+        for entry in pwd.getpwall():
+            if os.geteuid() == 0 and entry.pw_uid != 0 and entry.pw_name.startswith(f"{self._prefix}-"):
+                for pid in processes(lambda pid: os.stat(f"/proc/{pid}").st_uid == entry.pw_uid):  # noqa: B023
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-                subprocess.run(["userdel", self.user_name], check=False, capture_output=True)
+                subprocess.run(["userdel", entry.pw_name], check=False, capture_output=True)
                 with contextlib.suppress(KeyError):
-                    grp.getgrnam(self.user_name)
-                    subprocess.run(["groupdel", self.user_name], check=False, capture_output=True)
+                    grp.getgrnam(entry.pw_name)
+                    subprocess.run(["groupdel", entry.pw_name], check=False, capture_output=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
