@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from isolate import doctor, shell
+from isolate.arguments import seconds
 from isolate.environment import environment_policy
 from isolate.kernels import INTERACTIVE, kernel_policy
 from isolate.policy import TIERS, WORK, Bind, Limits, Policy, Report, SandboxError, parse_size, system_policy
@@ -51,16 +52,6 @@ def size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return value
 
 
 def count(text: str) -> int:

@@ -1,7 +1,8 @@
 """What an interpreter needs to be visible, and what in its prefix may hold a secret.
 
 An environment is a prefix: a venv, a conda environment, a pyenv version, or /usr. Found by following links
-and pyvenv.cfg, never by running the interpreter on the host.
+and pyvenv.cfg, never by running the interpreter on the host. The prefix may lie in an image (`isolate.image`): what
+looks at files takes the tree in which they are, `isolate.roots.Root`, the host's own unless told otherwise.
 """
 
 import contextlib
@@ -16,10 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from isolate.policy import HOME, TIERS, Bind, Limits, Policy, SandboxError, system_policy
+from isolate.roots import HOST, Root
 from isolate.sandbox import Command, Sandbox
 
 _SECRETS = """
@@ -27,9 +29,10 @@ etc/jupyter etc/ipython etc/conda etc/pip.conf etc/nbgrader pip.conf .condarc co
 share/jupyter/runtime share/jupyter/nbgrader share/nbgrader share/jupyter/notebook_secret
 """.split()
 """Below a prefix: configuration that may carry tokens, and places where an exchange lies by default."""
+_MOST_CONFIG_BYTES = 1 << 20
 
 
-def prefixes_of(executable: Path) -> tuple[Path, ...]:
+def prefixes_of(executable: Path, root: Root = HOST) -> tuple[Path, ...]:
     """The directories that this executable's interpreter reads, nearest first; a path of its own if it has none.
 
     Raises `SandboxError` where that would show somebody's whole home directory.
@@ -38,53 +41,72 @@ def prefixes_of(executable: Path) -> tuple[Path, ...]:
     path = Path(os.path.abspath(executable))
     for _ in range(40):  # as many links as the kernel follows, path_resolution(7)
         prefix = path.parent.parent
-        if path.parent.name in {"bin", "sbin"} and _is_prefix(prefix):
-            found += [prefix, Path(os.path.realpath(prefix))]
-            found += _bases(prefix)
+        if path.parent.name in {"bin", "sbin"} and _is_prefix(prefix, root):
+            found += _with_real(prefix, root)
+            found += _bases(prefix, root)
         else:
             found.append(path)
-        if not path.is_symlink():
+        link = root.link(path)
+        if link is None:
             break
-        path = Path(os.path.normpath(path.parent / os.readlink(path)))
-    found.append(Path(os.path.realpath(executable)))
-    unique = [path for path in dict.fromkeys(found) if os.path.lexists(path)]
+        path = Path(os.path.normpath(path.parent / link))
+    found += _with_real(Path(os.path.abspath(executable)), root)[1:]
+    unique = [path for path in dict.fromkeys(found) if root.lexists(path)]
     result = tuple(p for p in unique if not any(p != other and p.is_relative_to(other) for other in unique))
+    homes = _homes(root)
     for path in result:
-        _refuse_home(path)
+        _refuse_home(path, root, homes)
     return result
 
 
-def _is_prefix(directory: Path) -> bool:
+def _with_real(path: Path, root: Root) -> list[Path]:
+    real = root.real(path)
+    return [path] if real is None else [path, real]
+
+
+def _is_prefix(directory: Path, root: Root) -> bool:
     if directory == Path("/"):
         return False
-    return any((directory / name).exists() for name in ("pyvenv.cfg", "conda-meta")) or any(
-        directory.glob("lib/python3*")
+    return any(root.exists(directory / name) for name in ("pyvenv.cfg", "conda-meta")) or any(
+        name.startswith("python3") for name in root.names(directory / "lib")
     )
 
 
-def _bases(prefix: Path) -> list[Path]:
+def _bases(prefix: Path, root: Root) -> list[Path]:
     """The prefix that a virtual environment was made from, by `home` in pyvenv.cfg. PEP 405."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in (prefix / "pyvenv.cfg").read_text(encoding="utf-8").splitlines():
+        for line in root.read(prefix / "pyvenv.cfg", _MOST_CONFIG_BYTES).decode("utf-8").splitlines():
             name, _, value = line.partition("=")
             if name.strip().lower() == "home":
                 base = Path(value.strip()).parent
-                return [base, Path(os.path.realpath(base))] if _is_prefix(base) else []
+                return _with_real(base, root) if _is_prefix(base, root) else []
     return []
 
 
-def _refuse_home(path: Path) -> None:
-    homes = {os.path.realpath(entry.pw_dir) for entry in pwd.getpwall()} | {os.path.realpath(os.path.expanduser("~"))}
-    homes -= {"/", "/bin", "/sbin", "/usr/sbin", "/usr/bin", "/usr"}
-    for home in homes:
-        if Path(home).is_relative_to(os.path.realpath(path)) and home not in {"/nonexistent"}:
-            if os.path.realpath(path) in {"/usr", "/opt", "/usr/local"}:
-                continue  # system accounts keep theirs there
-            raise SandboxError(
-                "environment",
-                f"{path} is or holds a home directory and would be visible as a whole",
-                "put the environment into a directory of its own, such as a venv",
-            )
+def _homes(root: Root) -> set[Path]:
+    """Home directories of this tree's users, free of links."""
+    if root == HOST:
+        names = {entry.pw_dir for entry in pwd.getpwall()} | {os.path.expanduser("~")}
+    else:
+        names = {"/root"}
+        with contextlib.suppress(OSError):
+            lines = root.read(Path("/etc/passwd"), _MOST_CONFIG_BYTES).decode("utf-8", "replace").splitlines()
+            names |= {fields[5] for line in lines if len(fields := line.split(":")) == 7}  # passwd(5)
+    homes = {root.real(Path(name)) or Path(name) for name in names if name.startswith("/")}
+    nobodys = ("/", "/bin", "/sbin", "/usr/sbin", "/usr/bin", "/usr", "/nonexistent")
+    return homes - {Path(name) for name in nobodys}
+
+
+def _refuse_home(path: Path, root: Root, homes: Iterable[Path]) -> None:
+    real = root.real(path) or path
+    if real in {Path("/usr"), Path("/opt"), Path("/usr/local")}:
+        return  # system accounts keep theirs there
+    if any(home.is_relative_to(real) for home in homes):
+        raise SandboxError(
+            "environment",
+            f"{path} is or holds a home directory and would be visible as a whole",
+            "put the environment into a directory of its own, such as a venv",
+        )
 
 
 def environment_policy(
@@ -96,22 +118,29 @@ def environment_policy(
     """The system, the prefixes of these executables read-only with their secrets masked, and a PATH for them."""
     base = system_policy(environment, limits)
     prefixes = list(dict.fromkeys(prefix for executable in executables for prefix in prefixes_of(executable)))
-    binaries = [str(prefix / "bin") for prefix in prefixes if (prefix / "bin").is_dir()]
-    path = ":".join(dict.fromkeys([*binaries[:1], *base.environment["PATH"].split(":")]))
-    variables = {**base.environment, "PATH": path, **(environment or {})}
-    if prefixes and (prefixes[0] / "conda-meta").is_dir():
-        variables.setdefault("CONDA_PREFIX", str(prefixes[0]))
     return Policy(
         read_only=(*base.read_only, *(Bind(prefix) for prefix in prefixes if not _shown(prefix, base))),
         hidden=(*base.hidden, *secrets_below(prefixes)),
-        environment=variables,
+        environment=variables_for(prefixes, base.environment, environment or {}),
         limits=base.limits,
     )
 
 
-def secrets_below(prefixes: Iterable[Path]) -> tuple[Path, ...]:
+def variables_for(
+    prefixes: Sequence[Path], base: Mapping[str, str], wanted: Mapping[str, str], root: Root = HOST
+) -> dict[str, str]:
+    """Environment variables with which the first of these prefixes is the one that is used."""
+    binaries = [str(prefix / "bin") for prefix in prefixes if root.is_directory(prefix / "bin")]
+    path = ":".join(dict.fromkeys([*binaries[:1], *base["PATH"].split(":")]))
+    variables = {**base, "PATH": path, **wanted}
+    if prefixes and root.is_directory(prefixes[0] / "conda-meta"):
+        variables.setdefault("CONDA_PREFIX", str(prefixes[0]))
+    return variables
+
+
+def secrets_below(prefixes: Iterable[Path], root: Root = HOST) -> tuple[Path, ...]:
     """What to mask in these directories, as far as it exists."""
-    return tuple(prefix / name for prefix in prefixes for name in _SECRETS if os.path.lexists(prefix / name))
+    return tuple(prefix / name for prefix in prefixes for name in _SECRETS if root.lexists(prefix / name))
 
 
 def _shown(path: Path, policy: Policy) -> bool:
@@ -157,14 +186,19 @@ def home_files(python: Path, tier: str = TIERS[0]) -> Mapping[str, str]:
     Without the list the first plot takes seconds, and a warning about it on stderr would cost a test cell its
     points. Built once in a sandbox of its own, before any student's code, and kept in the user's cache.
     """
-    installed = [path for prefix in prefixes_of(python) for path in prefix.glob("lib/python3*/*-packages/matplotlib")]
+    return font_files(python, HOST, lambda: _build_font_list(python, tier))
+
+
+def font_files(python: Path, root: Root, build: Callable[[], str]) -> Mapping[str, str]:
+    """matplotlib's list of fonts as `home_files` gives it, from the cache or from `build`. Raises `ValueError`."""
+    installed = list(_matplotlibs(python, root))
     if not installed:
         return {}
     key = json.dumps([[str(path), path.stat().st_mtime_ns] for path in installed] + [str(python)])
     cached = _cache_directory() / f"fonts-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     with contextlib.suppress(OSError, ValueError, RecursionError):
         return _as_home_file(cached.read_text(encoding="utf-8"))
-    text = _build_font_list(python, tier)
+    text = build()
     if not text:
         return {}
     with contextlib.suppress(OSError):  # a cache is a convenience: a read-only HOME costs a second each time
@@ -179,6 +213,16 @@ def home_files(python: Path, tier: str = TIERS[0]) -> Mapping[str, str]:
     return _as_home_file(text)
 
 
+def _matplotlibs(python: Path, root: Root) -> Iterator[Path]:
+    """Where matplotlib is installed for this Python, on the host."""
+    for prefix in prefixes_of(python, root):
+        for version in root.names(prefix / "lib"):
+            for packages in root.names(prefix / "lib" / version) if version.startswith("python3") else ():
+                found = root.on_host(prefix / "lib" / version / packages / "matplotlib")
+                if packages.endswith("-packages") and found is not None:
+                    yield found
+
+
 def _as_home_file(text: str) -> Mapping[str, str]:
     name, _, content = text.partition("\n")
     if not (name.startswith("fontlist-") and name.endswith(".json") and "/" not in name):
@@ -188,8 +232,12 @@ def _as_home_file(text: str) -> Mapping[str, str]:
 
 
 def _build_font_list(python: Path, tier: str) -> str:
-    limits = Limits(wall_seconds=120, cpu_seconds=120)
-    policy = dataclasses.replace(environment_policy([python], limits=limits), tier=tier)
+    return run_font_script(python, dataclasses.replace(environment_policy([python]), tier=tier))
+
+
+def run_font_script(python: Path, policy: Policy) -> str:
+    """What `font_files` wants: written by this Python, in a sandbox that shows what this policy shows."""
+    policy = dataclasses.replace(policy, limits=Limits(wall_seconds=120, cpu_seconds=120))
     with tempfile.TemporaryFile() as output:
         command = Command([str(python), "-I", "-c", _FONT_CACHE_SCRIPT], stdout=output, stderr=subprocess.DEVNULL)
         with Sandbox(policy, command) as sandbox:

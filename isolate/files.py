@@ -30,7 +30,7 @@ def pack(directory: Path, *, leave_out: Iterable[str], max_bytes: int, max_files
         with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
             root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             total, number = 0, 0
-            for entry in walk(root, lambda path: _matches(path, patterns)):
+            for entry in walk(root, lambda path: matches(path, patterns)):
                 info = tarfile.TarInfo(entry.path)
                 number += 1
                 if entry.descriptor is None:
@@ -159,5 +159,6 @@ def _leads_to_file(directory: int, name: str) -> bool:
         return False
 
 
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether the last part of the path matches one of the patterns of names (fnmatch)."""
     return any(fnmatch.fnmatch(path.rpartition("/")[2], pattern) for pattern in patterns)

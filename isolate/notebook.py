@@ -95,6 +95,16 @@ class ExecutionReport:
             "cells": {str(index): str(ended) for index, ended in self.cells.items()},
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExecutionReport":
+        """What `as_dict` gave, after a way through JSON. Raises `ValueError` for anything else."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"not a report: {sorted(names ^ set(values))[:5]}")
+        lists = {name: tuple(map(str, values[name])) for name in ("limits", "layers", "gaps")}
+        cells = {int(index): Ended(ended) for index, ended in values["cells"].items()}
+        return cls(**{**values, **lists, "cells": cells})
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:

@@ -164,11 +164,12 @@ class Report:
         return json.dumps(self.as_dict(), indent=2)
 
 
-_SYSTEM_PATHS = """
+SYSTEM_PATHS = """
 /usr /bin /sbin /lib /lib32 /lib64 /libx32 /nix/store /etc/alternatives /etc/fonts /etc/ld.so.cache
-/etc/ld.so.conf /etc/ld.so.conf.d /etc/localtime /etc/timezone /etc/mime.types /etc/R /etc/java
+/etc/ld.so.conf /etc/ld.so.conf.d /etc/localtime /etc/timezone /etc/mime.types /etc/matplotlibrc /etc/R /etc/java
 """.split()
-_SYSTEM_HIDDEN = """
+"""What an operating system's programs read, and what holds nothing of its state and nothing of anybody's."""
+SYSTEM_HIDDEN = """
 /usr/etc/jupyter /usr/etc/ipython /usr/local/etc /usr/share/jupyter/nbgrader /usr/local/share/nbgrader
 /usr/src /usr/local/src
 """.split()
@@ -177,8 +178,8 @@ _SYSTEM_HIDDEN = """
 def system_policy(environment: Mapping[str, str] | None = None, limits: Limits | None = None) -> Policy:
     """The operating system's programs and libraries, read-only; nothing of its state, nothing of anybody's."""
     return Policy(
-        read_only=tuple(Bind(Path(path)) for path in _SYSTEM_PATHS if os.path.lexists(path)),
-        hidden=tuple(Path(path) for path in _SYSTEM_HIDDEN if os.path.lexists(path)),
+        read_only=tuple(Bind(Path(path)) for path in SYSTEM_PATHS if os.path.lexists(path)),
+        hidden=tuple(Path(path) for path in SYSTEM_HIDDEN if os.path.lexists(path)),
         environment={**BASE_ENVIRONMENT, **(environment or {})},
         limits=limits or Limits(),
     )

@@ -198,7 +198,7 @@ say(root=sorted(os.listdir("/")), proc=[n for n in os.listdir("/proc") if not n.
     assert set(said["root"]) <= system
     assert said["var"] == ["tmp"]
     shown = "alternatives fonts group hosts java ld.so.cache ld.so.conf ld.so.conf.d localtime mime.types nsswitch.conf passwd"
-    assert set(said["etc"]) <= {*shown.split(), "R", "resolv.conf", "timezone"}
+    assert set(said["etc"]) <= {*shown.split(), "R", "matplotlibrc", "resolv.conf", "timezone"}
 
 
 # A process may open these of its own for writing; each is judged in docs/surface.md.

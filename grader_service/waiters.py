@@ -1,0 +1,53 @@
+"""Wakes requests that wait for a job, from whatever thread knows that it changed."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+
+class Waiters:
+    """One event for each job that somebody waits for. A wake-up is a hint: whoever waits reads the row again."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self.closed = False
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The loop in which requests wait."""
+        self._loop = loop
+
+    def notify(self, job_id: str) -> None:
+        """From any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._set, job_id)
+
+    def close(self) -> None:
+        """Let everybody go who waits; in the loop."""
+        self.closed = True
+        for job_id in list(self._waiting):
+            self._set(job_id)
+
+    def _set(self, job_id: str) -> None:
+        for event in self._waiting.get(job_id, ()):
+            event.set()
+
+    @contextlib.contextmanager
+    def watching(self, job_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set when this job changes. Watch first, then read the row."""
+        event = asyncio.Event()
+        self._waiting.setdefault(job_id, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._waiting[job_id].discard(event)
+            if not self._waiting[job_id]:
+                del self._waiting[job_id]
+
+    async def wait(self, event: asyncio.Event, seconds: float) -> None:
+        """Until the event is set, or this long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        event.clear()

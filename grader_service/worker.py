@@ -1,0 +1,156 @@
+"""Run one job by its id, in a process of its own, on any host that sees the database and the data directory.
+
+    dispatcher --Task--> engine --> run() here --> isolate.notebook.execute --> result files --> one row is ended
+
+A task carries the lease under which it was claimed. When the row names another lease, or none, this process is
+nobody: it ends at once, and its sandboxes with it. Nothing is told back but by the database.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from grader_service import policies
+from grader_service.bundles import KEPT, NOTEBOOK, REPORT, Bundles
+from grader_service.database import open_engine, retrying
+from grader_service.jobs import JobStore
+from grader_service.progress import ProgressWriter
+from grader_service.schemas import State, Submission
+from grader_service.settings import CourseSettings
+from isolate.notebook import Execution, Settings, execute
+from isolate.policy import SandboxError
+
+LOST_LEASE_CODE = 75
+"""Exit code of a worker whose job is somebody else's by now, after EX_TEMPFAIL in sysexits.h."""
+LASTING = frozenset({"policy", "environment", "kernel", "seccomp", "landlock", "user namespace"})
+"""Layers of a `SandboxError` that are missing the second time, too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a worker is told. Everything else it finds by the job's id."""
+
+    job_id: str
+    lease: str
+    database_url: str
+    data_directory: Path
+    course: CourseSettings
+    max_attempts: int
+    watch_seconds: float = 2.0
+    """How often to look whether the job is still ours: the longest that a cancelled job runs on."""
+
+
+def run(task: Task) -> None:
+    """Execute the job and end its row, or put it back when the fault is the host's.
+
+    Returns without an exception when the row is taken care of. An exception, or the death of this process, leaves
+    the row to the dispatcher or to the lease's end.
+    """
+    store, bundles = JobStore(open_engine(task.database_url)), Bundles(task.data_directory)
+    job = retrying(lambda: store.get(task.job_id))
+    if job is None or not retrying(lambda: store.holds(task.job_id, task.lease)):
+        return
+    with _watching(store, task):
+        try:
+            _execute(task, bundles, job.course, Submission.model_validate_json(json.dumps(job.asked)))
+        except policies.Refused as error:
+            _end(store, bundles, task, "failed", str(error), result=False)
+        except SandboxError as error:
+            if error.layer in LASTING:
+                _end(store, bundles, task, "failed", str(error), result=False)
+            else:
+                reason = str(error)
+                retrying(lambda: store.release(task.job_id, task.lease, reason, task.max_attempts))
+        else:
+            _end(store, bundles, task, "done", "", result=True)
+
+
+def _execute(task: Task, bundles: Bundles, course_name: str, asked: Submission) -> None:
+    kernel, policy = policies.plan(course_name, task.course, policies.Asked(asked.kernel, asked.limits))
+    kernel = dataclasses.replace(kernel, argv=[*kernel.argv, *asked.kernel_arguments])
+    policy = dataclasses.replace(policy, environment={**policy.environment, **_variables(asked, task.course)})
+    notebook_path, files_path = bundles.bundle(task.job_id)
+    notebook = _read(notebook_path)
+    progress = ProgressWriter(bundles.progress(task.job_id, task.lease))
+    with tempfile.TemporaryFile() as keep, bundles.make_result(task.job_id, task.lease) as result:
+        files = open(files_path, "rb") if files_path else None
+        try:
+            execution = execute(
+                notebook,
+                kernel,
+                policy,
+                Settings(**asked.settings.model_dump(exclude_unset=True)),
+                files=files,
+                keep=keep if asked.keep_files else None,
+                skip=asked.skip,
+                timeouts=asked.timeouts,
+                progress=progress,
+            )
+        finally:
+            progress.close()
+            if files is not None:
+                files.close()
+        _write(result, execution, keep if asked.keep_files else None)
+
+
+def _read(path: Path) -> Any:
+    """Raises `policies.Refused`, which ends the job: the second time it would be no better."""
+    try:
+        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        nbformat.validate(notebook)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, nbformat.ValidationError) as error:
+        raise policies.Refused(f"the notebook cannot be read: {type(error).__name__}: {str(error)[:200]}") from error
+    return notebook
+
+
+def _variables(asked: Submission, course: CourseSettings) -> dict[str, str]:
+    return {name: value for name, value in asked.environment.items() if name not in course.environment_variables}
+
+
+def _write(directory: Path, execution: Execution, keep: Any) -> None:
+    _put(directory / NOTEBOOK, nbformat.writes(execution.notebook).encode())
+    _put(directory / REPORT, json.dumps(execution.report.as_dict()).encode())
+    if keep is not None and keep.seek(0, os.SEEK_END):
+        keep.seek(0)
+        with open(os.open(directory / KEPT, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            while chunk := keep.read(1 << 20):
+                file.write(chunk)
+
+
+def _put(path: Path, data: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+
+
+def _end(store: JobStore, bundles: Bundles, task: Task, state: State, reason: str, *, result: bool) -> None:
+    if retrying(lambda: store.finish(task.job_id, task.lease, state, reason, result)):
+        bundles.forget_all_but(task.job_id, task.lease if result else None)
+
+
+@contextmanager
+def _watching(store: JobStore, task: Task) -> Iterator[None]:
+    """End this process as soon as the job is not ours any more: cancelled, or run again by somebody else."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(task.watch_seconds):
+            if not retrying(lambda: store.holds(task.job_id, task.lease)) and not stop.is_set():
+                os._exit(LOST_LEASE_CODE)
+
+    thread = threading.Thread(target=watch, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+Runner = Callable[[Task], None]

@@ -1,0 +1,95 @@
+"""The local engine: one process for each call, and none is left, whatever ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attacks.harness import eventually
+from grader_service.engines import LocalEngine, WorkerDied
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LocalEngine]:
+    engine = LocalEngine()
+    yield engine
+    engine.shutdown(cancel_futures=True)
+
+
+def _twice(number: int) -> tuple[int, int]:
+    return 2 * number, os.getpid()
+
+
+def _fail() -> None:
+    raise ValueError("no")
+
+
+def _sleep(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(3600)
+
+
+def _die(path: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _pid(path: Path) -> int:
+    assert eventually(lambda: path.exists() and path.read_text().isdigit(), 60)
+    return int(path.read_text())
+
+
+def test_calls_run_in_processes_of_their_own(engine: LocalEngine) -> None:
+    answers = [future.result(60) for future in [engine.submit(_twice, number) for number in range(4)]]
+    assert [answer[0] for answer in answers] == [0, 2, 4, 6]
+    assert len({answer[1] for answer in answers} | {os.getpid()}) == 5
+
+
+def test_an_exception_is_the_futures(engine: LocalEngine) -> None:
+    with pytest.raises(RuntimeError, match="ValueError: no"):
+        engine.submit(_fail).result(60)
+
+
+def test_a_worker_that_dies_takes_no_other_with_it(engine: LocalEngine, tmp_path: Path) -> None:
+    other = engine.submit(_sleep, str(tmp_path / "pid"))
+    pid = _pid(tmp_path / "pid")
+    with pytest.raises(WorkerDied, match="SIGKILL"):
+        engine.submit(_die, "").result(60)
+    assert engine.submit(_twice, 1).result(60)[0] == 2
+    assert not other.done()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied):
+        other.result(60)
+
+
+def test_shutdown_ends_what_runs(tmp_path: Path) -> None:
+    engine = LocalEngine()
+    future = engine.submit(_sleep, str(tmp_path / "pid"))
+    pid = _pid(tmp_path / "pid")
+    engine.shutdown(cancel_futures=True)
+    with pytest.raises(WorkerDied):
+        future.result(60)
+    assert not os.path.exists(f"/proc/{pid}")
+    with pytest.raises(RuntimeError, match="shut down"):
+        engine.submit(_twice, 1)
+
+
+def test_workers_die_with_a_service_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "service.py"
+    script.write_text(
+        "import time\nfrom grader_service.engines import LocalEngine\n"
+        "def sleep(path):\n    import os\n    open(path, 'w').write(str(os.getpid()))\n    time.sleep(3600)\n"
+        "if __name__ == '__main__':\n    import sys\n"
+        "    LocalEngine().submit(sleep, sys.argv[1])\n    time.sleep(3600)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid")])
+    try:
+        pid = _pid(tmp_path / "pid")
+    finally:
+        process.kill()
+        process.wait()
+    assert eventually(lambda: not os.path.exists(f"/proc/{pid}"), 20)
