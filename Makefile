@@ -4,7 +4,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= auto
+# More than there are cores: tests wait for limits, kernels and servers most of their time.
+WORKERS ?= $(shell expr $$(nproc) + 2)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-upstream attacks compare lint format bench clean
@@ -22,17 +23,21 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m virtualenv -q $(VENV) || \
 	  { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; } || \
 	  { echo "No venv can be made with $(PYTHON): install python3-venv (apt-get install python3-venv)." >&2; exit 1; }
-	@umask 022; $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo,test,lint]'
+	@umask 022; $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo,service,test,lint]'
 	@touch $@
 
 demo: setup ## grade the example course: honest, careless and hostile students
 	@$(BIN)/python examples/course/demo.py
 
+.PHONY: demo-service
+demo-service: setup ## the same, graded by a grading service that is started on this machine
+	@$(BIN)/python examples/course/demo.py --service
+
 test: lint test-all test-upstream ## lint, every test, nbgrader's own autograde tests
 
 .PHONY: test-all
 test-all: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 test-upstream: setup ## nbgrader's own autograde and exchange tests against this plugin
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/upstream/run.py

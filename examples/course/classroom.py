@@ -19,6 +19,7 @@ from pathlib import Path
 from nbgrader.api import Gradebook
 
 from commands import Job, run, run_all
+from grading_service import GradingService
 from submissions import Scores, Student, build
 
 COURSE_ID = "pyscience"
@@ -31,6 +32,11 @@ c.Exchange.root = {exchange!r}
 c.ExchangeCollect.check_owner = False
 c.Execute.timeout = {timeout}
 c.IsolatedExecute.report_file = {reports!r}
+
+"""
+SERVICE = """\
+c.IsolatedExecute.service_url = {url!r}
+c.IsolatedExecute.service_token_file = {token_file!r}
 
 """
 CALL = 'if not os.environ.get("NBGRADER_AALTO_STOCK"):\n'
@@ -73,6 +79,7 @@ class Classroom:
     stock: bool
     timeout_seconds: int
     secrets: dict[str, str]
+    service: GradingService | None = None
 
     @property
     def course(self) -> Path:
@@ -107,6 +114,8 @@ class Classroom:
         overrides = OVERRIDES.format(
             exchange=str(self.root / "exchange"), timeout=self.timeout_seconds, reports=str(self.report_file)
         )
+        if self.service:
+            overrides += SERVICE.format(url=self.service.url, token_file=str(self.service.token_file))
         (self.course / "nbgrader_config.py").write_text(before + overrides + call + after)
 
     def release(self, emails: dict[str, str]) -> None:

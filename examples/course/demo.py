@@ -2,12 +2,14 @@
 
     python examples/course/demo.py              grade everybody, print who got what and who tried what
     python examples/course/demo.py --stock      the honest students only, with stock nbgrader, for comparison
+    python examples/course/demo.py --service    the same as without, but a grading service executes the notebooks
 
 Everything happens in a temporary directory. The exit code is 0 if every honest student got the score that
 `submissions.py` expects and no hostile attempt succeeded, and 1 if not.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -21,8 +23,9 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
+import grading_service
 from canaries import Canaries
-from classroom import ASSIGNMENTS, Classroom, temporary_directory
+from classroom import ASSIGNMENTS, COURSE_ID, Classroom, temporary_directory
 from commands import CommandFailed
 from submissions import STUDENTS, Scores, Student
 from verdicts import Judge, Row, all_held
@@ -68,7 +71,8 @@ def grade(room: Classroom) -> list[str]:
     troubles = []
     for assignment in ASSIGNMENTS:
         done = step(f"nbgrader autograde {assignment}")
-        code = room.autograde(assignment)
+        with room.service.progress(console, assignment) if room.service else contextlib.nullcontext():
+            code = room.autograde(assignment)
         done("done" if code == 0 else f"exit code {code}")
         if code:
             troubles.append(f"nbgrader autograde {assignment} ended with exit code {code}")
@@ -189,6 +193,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Grade a small course with honest and hostile students.")
     parser.add_argument("--stock", action="store_true", help="honest students only, with stock nbgrader")
+    parser.add_argument("--service", action="store_true", help="let a grading service, started here, do the work")
     parser.add_argument("--keep", action="store_true", help="keep the temporary directory and print its name")
     parser.add_argument("--scores", type=Path, metavar="FILE", help="write every cell's score as JSON")
     return parser.parse_args()
@@ -207,8 +212,13 @@ def main() -> int:
     token = f"canary-environment-{secrets.token_hex(8)}"
     begun = time.monotonic()
     try:
-        with temporary_directory(options.keep) as root:
-            room = Classroom(root, options.stock, TIMEOUT_SECONDS, {"JUPYTERHUB_API_TOKEN": token})
+        with temporary_directory(options.keep) as root, contextlib.ExitStack() as stack:
+            service = None
+            if options.service:
+                done = step("Start a grading service")
+                service = stack.enter_context(grading_service.running(root / "service", COURSE_ID))
+                done("grader-service db upgrade, token create, serve")
+            room = Classroom(root, options.stock, TIMEOUT_SECONDS, {"JUPYTERHUB_API_TOKEN": token}, service)
             troubles = demonstrate(room, students, options.scores, token)
             if options.keep:
                 console.print(f"Everything is kept in {root}", soft_wrap=True)
