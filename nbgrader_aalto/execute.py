@@ -9,10 +9,10 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from textwrap import dedent
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import nbformat
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpec, KernelSpecManager, NoSuchKernel
@@ -27,7 +27,11 @@ from isolate.files import pack
 from isolate.notebook import Execution, ExecutionReport, Kernel, Settings, execute
 from isolate.outputs import error
 from isolate.policy import TIERS, Bind, Limits, Policy, SandboxError, parse_size
+from nbgrader_aalto.shared import is_shared
 from nbgrader_aalto.written import WRITTEN_SUFFIX, keep_written
+
+if TYPE_CHECKING:
+    from grader_service.schemas import JobView
 
 _DEFAULT = Limits()
 _HOOKS = tuple(f"on_notebook_{when}" for when in ("start", "complete", "error")) + tuple(
@@ -96,6 +100,27 @@ class IsolatedExecute(Execute):
         ),
     ).tag(config=True)
 
+    service_url = Unicode(
+        "",
+        help=dedent(
+            """
+            The grading service that executes notebooks instead of this machine: https://host:port, or
+            unix:///path/of/socket. What student code sees is then the service's administrator's to say. Empty: none.
+            """
+        ),
+    ).tag(config=True)
+    service_course = Unicode("", help="The course's name in the service. Empty: c.CourseDirectory.course_id.").tag(
+        config=True
+    )
+    service_token_file = Unicode(
+        "",
+        help=dedent(
+            """
+            A file with the course's token, which students cannot read: 0600, or 0640 of the course's group. Empty: the
+            token of this JupyterHub server, if the service knows the hub.
+            """
+        ),
+    ).tag(config=True)
     tier = Enum(
         TIERS,
         default_value=TIERS[0],
@@ -191,27 +216,18 @@ class IsolatedExecute(Execute):
 
     def _execute(self, nb: NotebookNode, where: dict[str, str], directory: Path) -> Execution:
         self._warn_of_hooks()
-        kernel, policy = self._kernel_and_policy(where)
+        limits = self._limits()
         work = self._work(where)
         files = work.files or pack(
             directory,
             leave_out=["*.ipynb", f"*{WRITTEN_SUFFIX}"],
-            max_bytes=policy.limits.work_bytes,
-            max_files=policy.limits.work_files,
+            max_bytes=limits.work_bytes,
+            max_files=limits.work_files,
         )
         keep: IO[bytes] = tempfile.TemporaryFile()
+        execute_it = self._execute_by_service if self.service_url else self._execute_here
         try:
-            execution = execute(
-                nb,
-                kernel,
-                policy,
-                self._settings(),
-                files=files,
-                keep=keep,
-                skip=self._skipped(nb, where),
-                timeouts=self._timeouts(nb),
-                progress=self._log_progress,
-            )
+            execution = execute_it(nb, where, files, keep)
             if self.keep_files:
                 keep_written(keep, files, directory / f"{where['notebook']}{WRITTEN_SUFFIX}")
         except BaseException:
@@ -220,6 +236,74 @@ class IsolatedExecute(Execute):
         if keep.seek(0, os.SEEK_END):
             work.files = keep
         return execution
+
+    def _execute_here(self, nb: NotebookNode, where: dict[str, str], files: IO[bytes], keep: IO[bytes]) -> Execution:
+        kernel, policy = self._kernel_and_policy(where)
+        return execute(
+            nb,
+            kernel,
+            policy,
+            self._settings(),
+            files=files,
+            keep=keep,
+            skip=self._skipped(nb, where),
+            timeouts=self._timeouts(nb),
+            progress=self._log_progress,
+        )
+
+    def _execute_by_service(
+        self, nb: NotebookNode, where: dict[str, str], files: IO[bytes], keep: IO[bytes]
+    ) -> Execution:
+        from nbgrader_aalto import remote  # httpx and pydantic: only those who use the service pay
+
+        asked = {
+            "assignment": where["assignment"],
+            "student": where["student"],
+            "notebook": where["notebook"],
+            "kind": "batch" if self._converter.coursedir.student_id == "*" else "interactive",
+            "kernel": self._kernel_name(where),
+            "kernel_arguments": list(self.extra_arguments),
+            "environment": {**self._passed_variables(), **self.environment_variables},
+            "limits": self._limits_asked(),
+            "settings": dataclasses.asdict(self._settings()),
+            "skip": sorted(self._skipped(nb, where)),
+            "timeouts": self._timeouts(nb),
+            "keep_files": self.keep_files or len(self._converter.notebooks) > 1,
+        }
+        with remote.connect(self.service_url, self.service_token_file, self._course_group()) as client:
+            course = self.service_course or self._converter.coursedir.course_id
+            return remote.execute(client, course, asked, nb, files, keep, self._log_job(where))
+
+    def _course_group(self) -> int | None:
+        """The group of a course of several instructors, who share its token."""
+        course = self._converter.coursedir
+        root = Path(course.root)
+        return root.stat().st_gid if is_shared(root, bool(course.groupshared)) else None
+
+    def _limits_asked(self) -> dict[str, float]:
+        """Only what the course set: for the rest, the service has the course's defaults."""
+        configured = self._configured()
+        if local := sorted(_LOCAL_SETTINGS & configured):
+            raise SandboxError(
+                "policy",
+                f"c.IsolatedExecute.{local[0]} is about this machine, and notebooks are executed by {self.service_url}",
+                "remove that line; what student code sees there is in the service's table of this course",
+            )
+        limits = dataclasses.asdict(self._limits())
+        return {name: limits[name] for setting, name in _LIMITS.items() if setting in configured}
+
+    def _configured(self) -> set[str]:
+        """Names of the settings that a configuration file or the command line set."""
+        sections = [self.config.get(cls.__name__, {}) for cls in type(self).mro()]
+        return {name for section in sections for name in section}
+
+    def _log_job(self, where: dict[str, str]) -> Callable[["JobView"], None]:
+        from nbgrader_aalto.remote import words_of
+
+        def tell(job: "JobView") -> None:
+            self.log.info("Notebook '%s' of student '%s' is %s", where["notebook"], where["student"], words_of(job))
+
+        return tell
 
     def _work(self, where: dict[str, str]) -> "_Work":
         """The assignment's work directory, which its notebooks share, one after the other, as in stock nbgrader."""
@@ -275,8 +359,7 @@ class IsolatedExecute(Execute):
     def _kernel_and_policy(self, where: dict[str, str]) -> tuple[Kernel, Policy]:
         spec = self._kernelspec(where)
         executable = find_executable(spec.argv[0], Path(self.environment) if self.environment else None)
-        variables = {name: os.environ[name] for name in self.pass_environment if name in os.environ}
-        policy = environment_policy([executable], environment=variables, limits=self._limits())
+        policy = environment_policy([executable], environment=self._passed_variables(), limits=self._limits())
         visible = [Path(path) for path in self.read_only]
         if spec.resource_dir and any("{resource_dir}" in word for word in spec.argv):
             visible.append(Path(spec.resource_dir))
@@ -292,17 +375,22 @@ class IsolatedExecute(Execute):
             tier=self.tier,
         )
         argv = [word.replace("{resource_dir}", spec.resource_dir) for word in spec.argv[1:]]
-        is_ipykernel = any("ipykernel" in word for word in argv)
-        extra = list(self.extra_arguments)
-        if is_ipykernel and self.ipython_hist_file and not any("HistoryManager.hist_file" in word for word in extra):
-            extra.append(f"--HistoryManager.hist_file={self.ipython_hist_file}")
         kernel = Kernel(
-            argv=[str(executable), *argv, *extra],
+            argv=[str(executable), *argv, *self._kernel_arguments(is_ipykernel=any("ipykernel" in w for w in argv))],
             environment=spec.env,
             interrupt_mode=spec.interrupt_mode,
             home_files=home_files(executable, self.tier),
         )
         return kernel, policy
+
+    def _passed_variables(self) -> dict[str, str]:
+        return {name: os.environ[name] for name in self.pass_environment if name in os.environ}
+
+    def _kernel_arguments(self, *, is_ipykernel: bool) -> list[str]:
+        extra = list(self.extra_arguments)
+        if is_ipykernel and self.ipython_hist_file and not any("HistoryManager.hist_file" in word for word in extra):
+            extra.append(f"--HistoryManager.hist_file={self.ipython_hist_file}")
+        return extra
 
     def _hidden_paths(self) -> list[Path]:
         """The course and the exchange, wherever they lie, and what the administrator names."""
@@ -313,11 +401,14 @@ class IsolatedExecute(Execute):
         paths = [course.root, exchange.root, exchange.cache, *self.hidden]
         return [Path(os.path.abspath(path)) for path in paths if path]
 
-    def _kernelspec(self, where: dict[str, str]) -> KernelSpec:
+    def _kernel_name(self, where: dict[str, str]) -> str:
         """The instructor's choice, never the student's: the setting, the source notebook, or the default."""
-        name = self.kernel_name or self._kernel_name_of_source(where) or NATIVE_KERNEL_NAME
-        if name == "python":  # as in jupyter_client's KernelManager: the kernel of this interpreter
-            name = NATIVE_KERNEL_NAME
+        name = str(self.kernel_name or self._kernel_name_of_source(where) or NATIVE_KERNEL_NAME)
+        # As in jupyter_client's KernelManager: the kernel of this interpreter.
+        return NATIVE_KERNEL_NAME if name == "python" else name
+
+    def _kernelspec(self, where: dict[str, str]) -> KernelSpec:
+        name = self._kernel_name(where)
         try:
             if self.environment:
                 return _kernelspec_in(Path(self.environment), name)
@@ -361,8 +452,22 @@ class IsolatedExecute(Execute):
                 self.log.warning("c.Execute.%s is not called: cells run in a sandbox", name)
 
 
-_LASTING = frozenset({"policy", "environment", "seccomp", "landlock", "user namespace"})
-"""Layers that are missing the second time, too."""
+_LASTING = frozenset({"policy", "environment", "seccomp", "landlock", "user namespace", "service"})
+"""Layers that are missing the second time, too; a service has tried again by itself."""
+
+_LIMITS = {
+    "memory": "memory_bytes",
+    "files": "files_bytes",
+    "files_count": "files_count",
+    "processes": "processes",
+    "wall_seconds": "wall_seconds",
+    "cpu_seconds": "cpu_seconds",
+    "cell_output": "cell_output_bytes",
+    "output": "output_bytes",
+}
+"""Settings here, and fields of `isolate.policy.Limits`."""
+
+_LOCAL_SETTINGS = frozenset({"environment", "read_only", "tier"})
 
 
 @dataclasses.dataclass
