@@ -44,7 +44,7 @@ test-upstream: setup ## nbgrader's own autograde and exchange tests against this
 
 attacks: setup ## every attack of the threat catalogue, as a table
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m threat --threat-table tests/attacks tests/isolate \
-	  tests/nbgrader_aalto
+	  tests/nbgrader_aalto tests/grader_service
 
 compare: setup ## the same attacks against bwrap and chroot, where installed (as root)
 	@$(BIN)/python tests/attacks/compare.py
@@ -76,6 +76,10 @@ bench-sandbox: setup ## time and memory of a sandbox, beside bubblewrap and besi
 
 bench-exchange: setup ## 500 submissions at once while an instructor collects, beside stock (as root)
 	@$(BIN)/python benchmarks/exchange.py
+
+.PHONY: bench-service
+bench-service: setup ## the grading service: accepting, dispatching, memory, beside none; SQLite and PostgreSQL
+	@$(BIN)/python benchmarks/service.py
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -76,8 +76,8 @@ def test_every_row_up_to_the_last_has_a_title_and_comes_in_order() -> None:
     required = list(rows.required())
     assert required[:2] == ["1", "2"]
     assert required == sorted(required, key=rows.sort_key)
-    assert len(required) == rows.LAST + 1 + len(rows.EXCHANGE) + 2  # 30a, 84a, 84b
-    assert {rows.sort_key(row)[0] for row in required} == {*range(1, rows.LAST + 1), *rows.EXCHANGE}
+    assert len(required) == rows.LAST + 1 + len(rows.OTHERS) + 2  # 30a, 84a, 84b
+    assert {rows.sort_key(row)[0] for row in required} == {*range(1, rows.LAST + 1), *rows.OTHERS}
     assert {rows.sort_key(row)[0] for row in rows.of_the_sandbox()} == set(range(1, rows.LAST + 1))
 
 
