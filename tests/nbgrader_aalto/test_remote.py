@@ -1,17 +1,22 @@
 """A course graded by a service: the same notebooks and the same scores as here, and clear words when it cannot be."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 
+import images
+from attacks.harness import Stage, eventually
 from e2e.courses import COURSE_ID, SECRET, Course, answer, check, code, contents, notebook
 from nbgrader_aalto import remote
-from service_host import LONG, Host, hosting
+from service_host import LONG, Host, hosting, submission, texts
+from service_host import notebook as code_notebook
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +90,28 @@ def test_scores_and_notebooks_are_the_same_as_here(course: Course, service: Host
     assert len(jobs) == 2 * len(STUDENTS)
 
 
+def test_an_unpacked_image_gives_the_same_scores_with_its_own_packages(
+    course: Course, service: Host, stage: Stage
+) -> None:
+    image = {"image_root": str(images.course_image(stage)), "environment": str(images.PREFIX)}
+    service.configure(image={**image, "graders": {"tokens_only": True}})
+    assert service.process is not None
+    service.process.send_signal(signal.SIGHUP)
+    with service.client(service.token("image")) as client:
+        assert eventually(lambda: len(client.courses()) == 1, LONG)
+        version = f"import importlib.metadata as m; print(m.version({images.CHANGED!r}))"
+        job = client.wait(client.submit("image", submission(), code_notebook(version)).id)
+        assert texts(client.notebook(job.id)) == [f"{images.CHANGED_VERSION}\n"], job
+    assert metadata.version(images.CHANGED) != images.CHANGED_VERSION
+    course.configure("c.Execute.timeout = 5\n")
+    assert course.click("aino")["success"]
+    here = course.scores("aino"), executed(course, "aino")
+    course.configure(settings(service, course.top / "token", "image"))
+    result = course.click("aino")
+    assert result["success"], result
+    assert (course.scores("aino"), executed(course, "aino")) == here
+
+
 def test_the_bolt_is_interactive_and_keeps_the_score(course: Course, service: Host) -> None:
     course.configure(settings(service, course.top / "token"))
     result = course.click("aino")
@@ -132,10 +159,6 @@ def test_a_token_that_others_can_read_is_not_used(course: Course, service: Host)
 
 
 def test_ctrl_c_cancels_the_job(course: Course, service: Host) -> None:
-    import signal
-
-    from attacks.harness import eventually
-
     course.configure(settings(service, course.top / "token"))
     process = course.start("autograde", "ps1", "--force", "--student=outi")
     with service.client(service.token(COURSE_ID)) as client:
