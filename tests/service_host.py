@@ -75,7 +75,7 @@ class Host:
         """Write the configuration, with these courses changed or added."""
         self.courses |= courses
         top = {"data_directory": str(self.directory / "data"), "database_url": self.database_url, **self.tables}
-        lines = [f"{name} = {json.dumps(value)}" for name, value in top.items()]
+        lines = [f"{name} = {_toml(value)}" for name, value in top.items()]
         socket_line = f"unix_socket = {json.dumps(f'{self.directory}/s')}"
         lines += ["[listen]", f"port = {self.port}" if self.port else socket_line]
         for name, course in self.courses.items():

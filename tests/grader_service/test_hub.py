@@ -6,6 +6,7 @@ import dataclasses
 import pwd
 import secrets
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from grader_service.auth import Authenticator, Unauthorized
 from grader_service.database import open_engine, upgrade
 from grader_service.hub import Hub, HubMisconfigured, HubUnavailable, check, hub_config
 from grader_service.settings import GradersTable, HubSettings, Settings
+from service_host import LONG, hosting, notebook, submission, texts
 
 pytestmark = pytest.mark.slow
 
@@ -371,3 +373,36 @@ def test_users_with_impossible_names_are_refused(open_world: World, engine: Engi
     with Porter.open(open_world.settings, engine) as porter:
         with pytest.raises(Unauthorized, match="name of this hub user"):
             porter.who(open_world.host.user_token(name))
+
+
+def test_servers_tokens_at_the_service_itself(world: World) -> None:
+    """Over HTTP, as the plugin sends them: the teacher's grades, the student's does not, a removed teacher's stops."""
+    hub = world.settings.hub
+    assert hub is not None
+    table = {"api_url": hub.api_url, "token_file": str(hub.token_file), "cache_seconds": 1}
+    course = {"environment": sys.prefix, "graders": {"hub_groups": ["teachers"]}}
+    teacher, student = (world.host.server_token(user) for user in (world.teacher, world.student))
+    with hosting(hub=table) as service:
+        service.configure(hubcourse=course)
+        service.start()
+        with service.client(teacher) as client:
+            assert [one.name for one in client.courses()] == ["hubcourse"]
+            job = client.submit("hubcourse", submission(), notebook("print(6 * 7)"))
+            job = client.wait(job.id, timeout_seconds=LONG)
+            assert (job.state, job.submitter) == ("done", world.teacher)
+            assert texts(client.notebook(job.id)) == ["42\n"]
+        with service.raw(student) as raw:
+            paths = ["/v1/courses/hubcourse/jobs", f"/v1/jobs/{job.id}", f"/v1/jobs/{job.id}/notebook"]
+            assert {raw.get(path).status_code for path in paths} <= {401, 403, 404}
+            assert raw.post("/v1/courses/hubcourse/jobs", files={"job": b"{}"}).status_code in {401, 403}
+        world.leave(world.teacher)
+        try:
+            with service.raw(teacher) as raw:
+                assert eventually(lambda: raw.get(f"/v1/jobs/{job.id}").status_code in {401, 404}, 60)
+                assert raw.get("/v1/courses/hubcourse/jobs").status_code in {401, 403}
+        finally:
+            world.join(world.teacher)
+        log = service.log
+    assert teacher not in log
+    assert student not in log
+    assert "aino" not in log
