@@ -1,6 +1,6 @@
 """The files of jobs: what was submitted, how far it is, what came out. Below one directory that is the service's alone.
 
-    incoming/<random>/            being received; never looked at, removed when its client is gone
+    incoming/<random>/            being received, or being removed; never looked at, removed when its client is gone
     jobs/<id>/notebook, files     the bundle; complete before the job's row is written
     jobs/<id>/progress-<lease>    events of one attempt (`grader_service.progress`)
     jobs/<id>/result-<lease>/     what one attempt made; counts if the row names this lease
@@ -17,10 +17,13 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LEASE = re.compile(r"[A-Za-z0-9_-]{8,100}")
 NOTEBOOK, REPORT, KEPT = "notebook.ipynb", "report.json", "kept.tar"
+LEAST_FREE_BYTES = 1 << 30
+"""With less, nothing is accepted and nothing started: a job that fails for want of room has not had its turn."""
 
 
 class Bundles:
@@ -43,6 +46,7 @@ class Bundles:
 
     def admit(self, received: Path, job_id: str) -> None:
         """Make what was received the bundle of this job. Its files are fsynced already."""
+        os.utime(received)  # a slow upload is no orphan of the past between here and its row
         sync(received)
         os.rename(received, self._directory(job_id))
         sync(self._jobs)
@@ -90,21 +94,27 @@ class Bundles:
                     _remove(path)
 
     def remove(self, job_id: str) -> bool:
-        """Everything of this job. Whether there was anything. Raises `OSError` when it cannot be removed."""
-        directory = self._directory(job_id)
-        if not directory.exists():
+        """Everything of this job. Whether there was anything. Raises `OSError` when it cannot be removed.
+
+        It is moved away first: of several who remove it, one does, and a worker that still writes finds no place.
+        """
+        moved = self._incoming / secrets.token_hex(16)
+        try:
+            os.rename(self._directory(job_id), moved)
+        except FileNotFoundError:
             return False
-        shutil.rmtree(directory)
+        _remove(moved)
         return True
 
     def sweep(self, known: Iterable[str], older_than_seconds: float) -> int:
         """Remove what no row knows and no client can be sending any more: left by a crash. How many."""
         names, limit, count = set(known), time.time() - older_than_seconds, 0
         for parent, kept in ((self._incoming, set[str]()), (self._jobs, names)):
-            for entry in os.scandir(parent):
+            for path in list(parent.iterdir()):
                 with contextlib.suppress(FileNotFoundError):
-                    if entry.name not in kept and entry.stat(follow_symlinks=False).st_mtime < limit:
-                        _remove(Path(entry.path))
+                    touched = _touched(path) if parent == self._incoming else path.lstat().st_mtime
+                    if path.name not in kept and touched < limit:
+                        _remove(path)
                         count += 1
         return count
 
@@ -114,6 +124,11 @@ class Bundles:
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self._jobs).free
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is too little room to go on."""
+        return self.free_bytes() < LEAST_FREE_BYTES
 
     def _directory(self, job_id: str) -> Path:
         return self._jobs / _checked(_ID, job_id)
@@ -139,8 +154,22 @@ def _checked(pattern: re.Pattern[str], text: str) -> str:
     return text
 
 
+def _touched(path: Path) -> float:
+    """When something was last received here; a directory does not tell of writing to its files."""
+    times = [path.lstat().st_mtime]
+    with contextlib.suppress(NotADirectoryError):
+        times += [entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(path)]
+    return max(times)
+
+
 def _remove(path: Path) -> None:
+    """Also if somebody else removes it at the same time."""
+
+    def failed(_function: Any, _path: str, cause: Any) -> None:
+        if not isinstance(cause[1], FileNotFoundError):
+            raise cause[1]
+
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onerror=failed)
     else:
         path.unlink(missing_ok=True)

@@ -225,7 +225,7 @@ def _jobs_cancel(arguments: argparse.Namespace) -> int:
 def _purge(arguments: argparse.Namespace) -> int:
     from grader_service.bundles import Bundles
     from grader_service.database import erase
-    from grader_service.dispatcher import purge_student
+    from grader_service.housekeeping import purge_student
     from grader_service.jobs import JobStore
 
     settings = _settings(arguments)

@@ -1,7 +1,7 @@
 """A typed client of the service, for processes that wait (`GraderClient`) and for asyncio (`AsyncGraderClient`).
 
-Needs httpx and pydantic, and nothing of the service itself. Each operation is written once, as a generator that
-yields requests and is sent responses; the two clients differ only in how they carry them. A request that meets no
+Needs httpx and pydantic, and nothing of the service itself. Each operation is written once, in
+`calls`; the two clients differ only in how they carry them. A request that meets no
 service, or one that is restarting, is repeated with growing pauses; a submission carries an idempotency key, so that
 repeating it makes no second job.
 """
@@ -13,18 +13,17 @@ import json
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
-from typing import IO, Any, Literal, TypeVar
-from urllib.parse import quote
+from collections.abc import AsyncIterator, Iterator
+from typing import IO, Any, TypeVar
 
 import httpx
 
+from grader_service import calls
 from grader_service.schemas import ENDED, CourseView, JobPage, JobView, Submission
 
 T = TypeVar("T")
-Progress = Callable[[JobView], None]
+Progress = calls.Progress
 
-_WAIT_SECONDS = 25.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 5.0
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 _LONGEST_DETAIL = 2000
@@ -42,97 +41,13 @@ class ServiceUnavailable(ServiceError):
     """The service could not be reached, or could not answer, for longer than the client has patience."""
 
 
-class _Call:
-    """One request. `save` names a file for the body; `parts` are those of a submission, opened anew each time."""
-
-    def __init__(
-        self,
-        method: Literal["GET", "POST"],
-        path: str,
-        *,
-        query: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        parts: Mapping[str, bytes | IO[bytes]] | None = None,
-        save: IO[bytes] | None = None,
-    ) -> None:
-        self.method, self.path, self.save = method, path, save
-        self.query = {name: value for name, value in (query or {}).items() if value is not None}
-        self.headers, self._parts = dict(headers or {}), parts
-        self.waits = float(self.query.get("wait", 0))
-
-    def files(self) -> dict[str, Any] | None:
-        """For httpx, each from its beginning."""
-        if self._parts is None:
-            return None
-        for part in self._parts.values():
-            if not isinstance(part, bytes):
-                part.seek(0)
-        types = {"job": "application/json"}
-        return {name: (name, part, types.get(name, "application/octet-stream")) for name, part in self._parts.items()}
-
-
-_Steps = Generator[_Call, httpx.Response, T]
-
-
-def _submit(course: str, submission: Submission, notebook: bytes, files: IO[bytes] | None, key: str) -> _Steps[JobView]:
-    parts: dict[str, bytes | IO[bytes]] = {
-        "job": submission.model_dump_json(exclude_unset=True).encode(),
-        "notebook": notebook,
-    }
-    if files is not None:
-        parts["files"] = files
-    call = _Call("POST", f"/v1/courses/{_quoted(course)}/jobs", headers={"Idempotency-Key": key}, parts=parts)
-    return JobView.model_validate_json((yield call).content)
-
-
-def _get(job_id: str, wait: float = 0) -> _Steps[JobView]:
-    query = {"wait": wait} if wait else {}
-    return JobView.model_validate_json((yield _Call("GET", f"/v1/jobs/{_quoted(job_id)}", query=query)).content)
-
-
-def _wait(job_id: str, progress: Progress | None, deadline: float | None) -> _Steps[JobView]:
-    told = None
-    while True:
-        left = _WAIT_SECONDS if deadline is None else min(_WAIT_SECONDS, max(0.0, deadline - time.monotonic()))
-        # The first look is not a long one, so that a progress display starts at once.
-        job = yield from _get(job_id, left if told is not None else 0)
-        if progress is not None and job != told:
-            progress(job)
-        told = job
-        if job.state in ENDED or (deadline is not None and time.monotonic() >= deadline):
-            return job
-
-
-def _cancel(job_id: str) -> _Steps[JobView]:
-    return JobView.model_validate_json((yield _Call("POST", f"/v1/jobs/{_quoted(job_id)}/cancel")).content)
-
-
-def _find(course: str, query: Mapping[str, Any]) -> _Steps[JobPage]:
-    return JobPage.model_validate_json((yield _Call("GET", f"/v1/courses/{_quoted(course)}/jobs", query=query)).content)
-
-
-def _courses() -> _Steps[list[CourseView]]:
-    return [CourseView.model_validate(one) for one in json.loads((yield _Call("GET", "/v1/courses")).content)]
-
-
-def _content(job_id: str, what: str) -> _Steps[bytes]:
-    return (yield _Call("GET", f"/v1/jobs/{_quoted(job_id)}/{what}")).content
-
-
-def _save(job_id: str, what: str, file: IO[bytes]) -> _Steps[None]:
-    yield _Call("GET", f"/v1/jobs/{_quoted(job_id)}/{what}", save=file)
-
-
-def _quoted(name: str) -> str:
-    return quote(name, safe="")
-
-
 class _Base:
     """What both clients share: where the service is, and when to try again."""
 
     def __init__(self, url: str, token: str, patience_seconds: float) -> None:
         """`url` is http(s)://host:port, or unix:///path/of/socket. Raises `ValueError`."""
         self._socket: str | None = None
+        where = url
         if url.startswith("unix://"):
             self._socket, url = url.removeprefix("unix://"), "http://localhost"
         parsed = httpx.URL(url)
@@ -144,9 +59,9 @@ class _Base:
             "timeout": _TIMEOUT,
             "follow_redirects": False,  # the token goes to this service alone
         }
-        self._patience = patience_seconds
+        self._patience, self._where = patience_seconds, where
 
-    def _request(self, client: httpx.Client | httpx.AsyncClient, call: _Call) -> httpx.Request:
+    def _request(self, client: httpx.Client | httpx.AsyncClient, call: calls.Call) -> httpx.Request:
         timeout = httpx.Timeout(60.0 + call.waits, connect=10.0)
         return client.build_request(
             call.method, call.path, params=call.query, headers=call.headers, files=call.files(), timeout=timeout
@@ -155,10 +70,16 @@ class _Base:
     @staticmethod
     def _pause(attempt: int, response: httpx.Response | None) -> float:
         """Seconds before the next try: twice as long each time, a little at random, or what the service asks for."""
-        pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2**attempt)
+        pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** min(attempt, 10))
         if response is not None and (asked := response.headers.get("Retry-After", "")).isdecimal():
             pause = max(pause, min(float(asked), _LONGEST_PAUSE_SECONDS))
         return float(pause * random.uniform(0.5, 1.0))
+
+    def _pause_after(self, error: Exception, failures: int, heard: float) -> float:
+        """Seconds before the stream is opened again. Raises `ServiceUnavailable` when it was silent for too long."""
+        if time.monotonic() - heard > self._patience:
+            _give_up(None, f"{type(error).__name__}: {error}", self._where)
+        return self._pause(failures, None)
 
 
 _AGAIN = frozenset({502, 503, 504})
@@ -205,61 +126,67 @@ class GraderClient(_Base):
         key: str | None = None,
     ) -> JobView:
         """Returns when the job is on the service's disk. `files` is a tar archive that can be rewound."""
-        return self._run(_submit(course, submission, notebook, files, key or uuid.uuid4().hex))
+        return self._run(calls.submit(course, submission, notebook, files, key or uuid.uuid4().hex))
 
     def get(self, job_id: str) -> JobView:
-        return self._run(_get(job_id))
+        return self._run(calls.get(job_id))
 
     def wait(self, job_id: str, *, progress: Progress | None = None, timeout_seconds: float | None = None) -> JobView:
         """The job when it has ended, or as it is after the timeout. Goes on when the service restarts."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        return self._run(_wait(job_id, progress, deadline))
+        return self._run(calls.wait(job_id, progress, deadline))
 
-    def cancel(self, job_id: str) -> JobView:
-        return self._run(_cancel(job_id))
+    def cancel(self, job_id: str, *, patience_seconds: float | None = None) -> JobView:
+        return self._run(calls.cancel(job_id), patience_seconds)
 
     def find(self, course: str, **query: Any) -> JobPage:
         """One page; arguments as in the query of GET /v1/courses/{course}/jobs."""
-        return self._run(_find(course, query))
+        return self._run(calls.find(course, query))
 
     def courses(self) -> list[CourseView]:
-        return self._run(_courses())
+        return self._run(calls.courses())
 
     def notebook(self, job_id: str) -> bytes:
         """The executed notebook, JSON."""
-        return self._run(_content(job_id, "notebook"))
+        return self._run(calls.content(job_id, "notebook"))
 
     def report(self, job_id: str) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads(self._run(_content(job_id, "report")))
+        report: dict[str, Any] = json.loads(self._run(calls.content(job_id, "report")))
         return report
 
     def save_files(self, job_id: str, file: IO[bytes]) -> None:
         """The work directory as the notebook left it, written into this file."""
-        self._run(_save(job_id, "files", file))
+        self._run(calls.save(job_id, "files", file))
 
     def events(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """(`job` or `cell`, data) as it happens, to the job's end; reconnects."""
+        failures, heard = 0, time.monotonic()
         while True:
-            with self._client.stream("GET", f"/v1/jobs/{_quoted(job_id)}/events") as response:
-                if not response.is_success:
-                    response.read()
-                    _check(response)
-                for event in _events(response.iter_lines()):
-                    yield event
-                    if event[0] == "job" and event[1]["state"] in ENDED:
-                        return
+            try:
+                with self._client.stream("GET", f"/v1/jobs/{calls.quoted(job_id)}/events") as response:
+                    if not response.is_success:
+                        response.read()
+                        _check(response)
+                    for event in _events(response.iter_lines()):
+                        failures, heard = 0, time.monotonic()
+                        yield event
+                        if event[0] == "job" and event[1]["state"] in ENDED:
+                            return
+            except (httpx.TransportError, ServiceUnavailable) as error:
+                time.sleep(self._pause_after(error, failures, heard))
+                failures += 1
 
-    def _run(self, steps: _Steps[T]) -> T:
+    def _run(self, steps: calls.Steps[T], patience_seconds: float | None = None) -> T:
         try:
             call = next(steps)
             while True:
-                call = steps.send(self._send(call))
+                call = steps.send(self._send(call, patience_seconds))
         except StopIteration as done:
             result: T = done.value
             return result
 
-    def _send(self, call: _Call) -> httpx.Response:
-        deadline = time.monotonic() + self._patience
+    def _send(self, call: calls.Call, patience_seconds: float | None = None) -> httpx.Response:
+        deadline = time.monotonic() + (self._patience if patience_seconds is None else patience_seconds)
         for attempt in range(1_000_000):
             response, cause = None, ""
             try:
@@ -279,7 +206,7 @@ class GraderClient(_Base):
                 cause = f"{type(error).__name__}: {error}"
             pause = self._pause(attempt, response)
             if time.monotonic() + pause > deadline:
-                _give_up(response, cause, self._options["base_url"])
+                _give_up(response, cause, self._where)
             time.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -311,50 +238,55 @@ class AsyncGraderClient(_Base):
         key: str | None = None,
     ) -> JobView:
         parts = None if files is None else io.BytesIO(files)
-        return await self._run(_submit(course, submission, notebook, parts, key or uuid.uuid4().hex))
+        return await self._run(calls.submit(course, submission, notebook, parts, key or uuid.uuid4().hex))
 
     async def get(self, job_id: str) -> JobView:
-        return await self._run(_get(job_id))
+        return await self._run(calls.get(job_id))
 
     async def wait(
         self, job_id: str, *, progress: Progress | None = None, timeout_seconds: float | None = None
     ) -> JobView:
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        return await self._run(_wait(job_id, progress, deadline))
+        return await self._run(calls.wait(job_id, progress, deadline))
 
     async def cancel(self, job_id: str) -> JobView:
-        return await self._run(_cancel(job_id))
+        return await self._run(calls.cancel(job_id))
 
     async def find(self, course: str, **query: Any) -> JobPage:
-        return await self._run(_find(course, query))
+        return await self._run(calls.find(course, query))
 
     async def courses(self) -> list[CourseView]:
-        return await self._run(_courses())
+        return await self._run(calls.courses())
 
     async def notebook(self, job_id: str) -> bytes:
-        return await self._run(_content(job_id, "notebook"))
+        return await self._run(calls.content(job_id, "notebook"))
 
     async def report(self, job_id: str) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads(await self._run(_content(job_id, "report")))
+        report: dict[str, Any] = json.loads(await self._run(calls.content(job_id, "report")))
         return report
 
     async def events(self, job_id: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        failures, heard = 0, time.monotonic()
         while True:
-            async with self._client.stream("GET", f"/v1/jobs/{_quoted(job_id)}/events") as response:
-                if not response.is_success:
-                    await response.aread()
-                    _check(response)
-                lines: list[str] = []
-                async for line in response.aiter_lines():
-                    lines.append(line)
-                    if line == "":
-                        for event in _events(iter(lines)):
+            try:
+                async with self._client.stream("GET", f"/v1/jobs/{calls.quoted(job_id)}/events") as response:
+                    if not response.is_success:
+                        await response.aread()
+                        _check(response)
+                    lines: list[str] = []
+                    async for line in response.aiter_lines():
+                        lines.append(line)
+                        for event in _events(iter(lines)) if line == "" else ():
+                            failures, heard = 0, time.monotonic()
+                            lines.clear()
                             yield event
                             if event[0] == "job" and event[1]["state"] in ENDED:
                                 return
-                        lines.clear()
+            except (httpx.TransportError, ServiceUnavailable) as error:
+                await asyncio.sleep(self._pause_after(error, failures, heard))
+                failures += 1
 
-    async def _run(self, steps: _Steps[T]) -> T:
+    async def _run(self, steps: calls.Steps[T]) -> T:
         try:
             call = next(steps)
             while True:
@@ -363,7 +295,7 @@ class AsyncGraderClient(_Base):
             result: T = done.value
             return result
 
-    async def _send(self, call: _Call) -> httpx.Response:
+    async def _send(self, call: calls.Call) -> httpx.Response:
         deadline = time.monotonic() + self._patience
         for attempt in range(1_000_000):
             response, cause = None, ""
@@ -376,7 +308,7 @@ class AsyncGraderClient(_Base):
                 cause = f"{type(error).__name__}: {error}"
             pause = self._pause(attempt, response)
             if time.monotonic() + pause > deadline:
-                _give_up(response, cause, self._options["base_url"])
+                _give_up(response, cause, self._where)
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 

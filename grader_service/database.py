@@ -245,7 +245,8 @@ def check_revision(engine: Engine) -> None:
 
 def _config() -> Config:
     config = Config()
-    config.set_main_option("script_location", "grader_service:migrations")
+    directory = Path(__file__).parent / "migrations"
+    config.set_main_option("script_location", str(directory).replace("%", "%%"))  # configparser's escape
     return config
 
 

@@ -6,25 +6,23 @@ killed at any moment: leases of a dead service end by themselves, and its jobs r
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from grader_service import worker
 from grader_service.bundles import Bundles
+from grader_service.housekeeping import tidy
 from grader_service.jobs import Claimed, JobStore
 from grader_service.settings import CourseSettings, Settings
 from grader_service.worker import Task
 
 _POLL_SECONDS = 1.0
 """How long a job that another service accepted, or whose lease ended, may lie unseen."""
-_HOUSEKEEPING_SECONDS = 60.0
-_ORPHAN_SECONDS = 3600.0
-_BACK_OFF_SECONDS = 5.0
-_BATCH = 500
+_BACK_OFF_SECONDS = 1.0
 
 log = structlog.get_logger("dispatcher")
 
@@ -46,7 +44,7 @@ class Dispatcher:
         self._held: dict[str, tuple[Claimed, Future[None]]] = {}
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="dispatcher", daemon=True)
-        self._next_renewal = self._next_housekeeping = 0.0
+        self._next_renewal = 0.0
         self.healthy_at = time.monotonic()
 
     @property
@@ -83,7 +81,7 @@ class Dispatcher:
     @property
     def memory_free(self) -> int:
         """Bytes that no running job of this service may take."""
-        return self._settings.memory_bytes - sum(claimed.job.memory_bytes for claimed, _ in self._held.values())
+        return self._settings.memory_bytes - sum(claimed.job.memory_bytes for claimed, _ in list(self._held.values()))
 
     @property
     def slots_free(self) -> int:
@@ -93,28 +91,33 @@ class Dispatcher:
         while not self._stopping.is_set():
             try:
                 self._reap()
-                self._keep_house()
+                self._keep_leases()
                 self._start_what_fits()
                 self.healthy_at = time.monotonic()
-            except DBAPIError as error:
-                log.warning("database_unavailable", error=type(error.orig or error).__name__)
+            except SQLAlchemyError as error:
+                log.warning("database_unavailable", error=type(error).__name__)
+                self._stopping.wait(_BACK_OFF_SECONDS)
+                continue
+            except OSError as error:  # a full disk, no processes or descriptors left: leases are kept, and we try again
+                log.error("cannot_start_jobs", error=type(error).__name__, errno=error.errno)
                 self._stopping.wait(_BACK_OFF_SECONDS)
                 continue
             self._wake.wait(_POLL_SECONDS)
             self._wake.clear()
 
     def _start_what_fits(self) -> None:
-        while self.slots_free > 0 and not self._stopping.is_set():
+        while self.slots_free > 0 and not self._stopping.is_set() and not self._bundles.is_full:
+            settings = self._settings  # which a reload may replace at any moment
             claimed = self._store.claim(
-                courses={name: course.concurrent_jobs for name, course in self._settings.courses.items()},
+                courses={name: course.concurrent_jobs for name, course in settings.courses.items()},
                 memory_free=self.memory_free,
-                memory_total=self._settings.memory_bytes,
-                lease_seconds=self._settings.lease_seconds,
-                ageing_seconds=self._settings.ageing_seconds,
+                memory_total=settings.memory_bytes,
+                lease_seconds=settings.lease_seconds,
+                ageing_seconds=settings.ageing_seconds,
             )
             if claimed is None:
                 return
-            self._begin(claimed, self._settings.courses[claimed.job.course])
+            self._begin(claimed, settings.courses[claimed.job.course])
 
     def _begin(self, claimed: Claimed, course: CourseSettings) -> None:
         task = Task(
@@ -125,7 +128,11 @@ class Dispatcher:
             course=course,
             max_attempts=self._settings.max_attempts,
         )
-        future = self._engine.submit(self._run, task)
+        try:
+            future = self._engine.submit(self._run, task)
+        except OSError as error:
+            self._store.release(claimed.job.id, claimed.lease, f"no worker could be started: {error}", max_attempts=0)
+            raise
         self._held[claimed.job.id] = claimed, future
         future.add_done_callback(lambda _: self.wake())
         log.info("job_started", job=claimed.job.id, course=claimed.job.course, attempt=claimed.job.attempts)
@@ -138,6 +145,7 @@ class Dispatcher:
             error = future.exception()
             if error is not None and (state := self._give_back(claimed, str(error))) is not None:
                 log.warning("job_attempt_failed", job=job_id, error=type(error).__name__, now=state)
+            tidy(self._store, self._bundles, job_id)
             del self._held[job_id]
             log.info("job_left_engine", job=job_id)
             self._changed(job_id)
@@ -145,7 +153,7 @@ class Dispatcher:
     def _give_back(self, claimed: Claimed, reason: str) -> str | None:
         return self._store.release(claimed.job.id, claimed.lease, reason, self._settings.max_attempts)
 
-    def _keep_house(self) -> None:
+    def _keep_leases(self) -> None:
         now = time.monotonic()
         if now >= self._next_renewal:
             self._store.renew([claimed.lease for claimed, _ in self._held.values()], self._settings.lease_seconds)
@@ -153,31 +161,6 @@ class Dispatcher:
                 log.warning("job_lease_ended", job=job_id)
                 self._changed(job_id)
             self._next_renewal = now + self._settings.lease_seconds / 3
-        if now >= self._next_housekeeping:
-            self._delete_what_is_over()
-            self._next_housekeeping = now + _HOUSEKEEPING_SECONDS
-
-    def _delete_what_is_over(self) -> None:
-        """Files first, so that a crash in between leaves a row that leads here again."""
-        while jobs := self._store.over_retention(_BATCH):
-            for job in jobs:
-                self._bundles.remove(job.id)
-            self._store.delete([job.id for job in jobs])
-            log.info("retention_ended", jobs=len(jobs))
-        known = [job_id for job_id in self._bundles.ids() if self._store.get(job_id) is not None]
-        if count := self._bundles.sweep(known, _ORPHAN_SECONDS):
-            log.info("orphans_removed", count=count)
-
-
-def purge_student(store: JobStore, bundles: Bundles, student: str) -> Mapping[str, int]:
-    """Delete everything of one person in this service, running jobs included. How many jobs, by course."""
-    found: dict[str, int] = {}
-    for job in store.of_student(student):
-        store.cancel(job.id)  # a worker ends when it sees that; what it writes meanwhile is swept
-        bundles.remove(job.id)
-        store.delete([job.id])
-        found[job.course] = found.get(job.course, 0) + 1
-    return found
 
 
 def _wait(future: "Future[Any]", seconds: float) -> None:

@@ -6,6 +6,7 @@ who submits. A distributed engine is another `Executor`; a `grader_service.worke
 """
 
 import contextlib
+import errno
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.process
@@ -23,6 +24,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_PRELOADED = ["grader_service.worker", "sqlalchemy.dialects.postgresql.psycopg", "psycopg"]
+"""The driver, too: SQLAlchemy would import it when it opens the database, in each worker anew (0.1 s)."""
+
+
 class WorkerDied(Exception):
     """The process of a job ended without an answer; `code` as in `multiprocessing.Process.exitcode`."""
 
@@ -37,13 +42,13 @@ class LocalEngine(Executor):
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["grader_service.worker"])
+        self._context.set_forkserver_preload(_PRELOADED)
         self._running: set[multiprocessing.process.BaseProcess] = set()
         self._lock = threading.Lock()
         self._closed = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Start it now. The future's exception is the call's, or `WorkerDied`."""
+        """Start it now. The future's exception is the call's, or `WorkerDied`. Raises `OSError` if it cannot."""
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
         answers, answers_end = self._context.Pipe(duplex=False)
@@ -54,7 +59,13 @@ class LocalEngine(Executor):
             process.start()
             self._running.add(process)
         answers_end.close()
-        threading.Thread(target=self._wait, args=(process, answers, future), daemon=True).start()
+        try:
+            threading.Thread(target=self._wait, args=(process, answers, future), daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            process.kill()
+            with self._lock:
+                self._running.discard(process)
+            raise BlockingIOError(errno.EAGAIN, str(error)) from error
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response
 
 from grader_service.problems import Problem, ProblemError
@@ -17,7 +17,6 @@ from grader_service.service import Service
 
 router = APIRouter(tags=["operations"])
 _STALE_SECONDS = 60.0
-_LEAST_FREE_BYTES = 1 << 30
 
 
 class Health(BaseModel):
@@ -53,9 +52,9 @@ def _check_ready(service: Service) -> None:
     store, bundles, dispatcher = service.store, service.bundles, service.dispatcher
     try:
         store.counts()
-    except DBAPIError:
+    except SQLAlchemyError:
         raise ProblemError(503, "database", "The database does not answer.") from None
-    if bundles.free_bytes() < _LEAST_FREE_BYTES:
+    if bundles.is_full:
         raise ProblemError(503, "disk", "Less than 1 GiB is free in the data directory.")
     if time.monotonic() - dispatcher.healthy_at > _STALE_SECONDS:
         raise ProblemError(503, "dispatcher", "No job can be started at the moment.")

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import anyio
 from anyio import to_thread
@@ -24,6 +25,31 @@ _GRACE_SECONDS = 30.0
 _SLOWEST_BYTES_PER_SECOND = 16 * 1024
 _FRAME_BYTES = 64 * 1024
 """Boundaries and headers of all parts together."""
+OPENAPI: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["job", "notebook"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "job": {"$ref": "#/components/schemas/Submission"},
+                        "notebook": {"type": "string", "format": "binary", "description": "A notebook of format 4."},
+                        "files": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "A tar archive for the work directory, unpacked inside the sandbox only.",
+                        },
+                    },
+                },
+                "encoding": {"job": {"contentType": "application/json"}},
+            }
+        },
+    }
+}
+"""For FastAPI, which does not see what a route reads by itself."""
 
 
 def _malformed(detail: str) -> ProblemError:

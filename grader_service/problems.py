@@ -3,6 +3,7 @@
 Whatever goes wrong, the caller learns what it can change and nothing about anybody else.
 """
 
+import errno
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -11,11 +12,15 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 MEDIA_TYPE = "application/problem+json"
 _MOST_ERRORS = 20
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOT_NOW = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 
 
 class Problem(BaseModel):
@@ -60,6 +65,11 @@ def not_found(what: str = "job") -> ProblemError:
     return ProblemError(404, "not-found", f"There is no such {what}, or you may not see it.")
 
 
+def disk_full() -> ProblemError:
+    """There is no room for another job."""
+    return ProblemError(507, "disk", "The service's disk is nearly full; its administrator has to make room.")
+
+
 def install(app: FastAPI) -> None:
     """Make every error of this application a problem document."""
 
@@ -82,8 +92,27 @@ def install(app: FastAPI) -> None:
         detail = "The database does not answer; nothing was changed, or it was changed as a whole. Try again."
         return ProblemError(503, "database", detail, headers={"Retry-After": "5"}).response()
 
+    async def host(_: Request, error: Exception) -> Response:
+        assert isinstance(error, OSError)
+        if error.errno in _NO_ROOM:
+            return disk_full().response()
+        if error.errno in _NOT_NOW:
+            detail = "The service has too much to do at the moment. Try again."
+            return ProblemError(503, "busy", detail, headers={"Retry-After": "5"}).response()
+        raise error
+
+    async def gone(_: Request, error: Exception) -> Response:
+        return ProblemError(400, "incomplete", "The body ends early.").response()  # nobody reads it
+
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        return ProblemError(500, "", "A fault of the service; its log says more.").response()
+
     app.add_exception_handler(ProblemError, own)
     app.add_exception_handler(DBAPIError, database)
+    app.add_exception_handler(PoolTimeout, database)
+    app.add_exception_handler(OSError, host)
+    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(Exception, unforeseen)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
 

@@ -15,14 +15,16 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 
 from grader_service import multipart, policies, progress
 from grader_service.auth import Identity, Unauthorized
-from grader_service.bundles import KEPT, NOTEBOOK, REPORT, is_job_id
+from grader_service.bundles import KEPT, LEAST_FREE_BYTES, NOTEBOOK, REPORT, Bundles, is_job_id
 from grader_service.database import retrying
+from grader_service.housekeeping import tidy
 from grader_service.hub import HubUnavailable
 from grader_service.jobs import KeyReused, NewJob, QuotaExceeded
 from grader_service.models import Job
-from grader_service.problems import RESPONSES, ProblemError, not_found, places
+from grader_service.problems import RESPONSES, ProblemError, disk_full, not_found, places
 from grader_service.schemas import ENDED, CourseView, JobPage, JobView, State, Submission
 from grader_service.service import Service
+from grader_service.settings import CourseSettings
 from isolate.rooms import driver_limits
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=RESPONSES)
@@ -34,7 +36,7 @@ _REREAD_SECONDS = 2.0
 """Another service may have changed the row."""
 _PROGRESS_SECONDS = 0.25
 _KEEP_ALIVE_SECONDS = 15.0
-_LEAST_FREE_BYTES = 1 << 30
+_LOOK_AT_DISK_BYTES = 16 << 20
 _JOB_PART_BYTES = 1 << 20
 _PATIENCE_SECONDS = 10.0
 """With a database that restarts."""
@@ -82,7 +84,8 @@ async def job_of(request: Request, job_id: str, identity: Annotated[Identity, De
 
 Caller = Annotated[Identity, Depends(identity_of)]
 TheJob = Annotated[Job, Depends(job_of)]
-CourseName = Annotated[str, Query(max_length=63)]
+Filter = Annotated[str | None, Query(max_length=255, pattern=r"^[^\x00]*$")]
+"""PostgreSQL has no NUL in a text."""
 
 
 @router.get("/courses", summary="The courses that you may grade")
@@ -102,37 +105,11 @@ async def courses(request: Request, identity: Caller) -> list[CourseView]:
     ]
 
 
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["job", "notebook"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "job": {"$ref": "#/components/schemas/Submission"},
-                        "notebook": {"type": "string", "format": "binary", "description": "A notebook of format 4."},
-                        "files": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "A tar archive for the work directory, unpacked inside the sandbox only.",
-                        },
-                    },
-                },
-                "encoding": {"job": {"contentType": "application/json"}},
-            }
-        },
-    }
-}
-
-
 @router.post(
     "/courses/{course}/jobs",
     status_code=202,
     summary="Submit a job",
-    openapi_extra=_BODY,
+    openapi_extra=multipart.OPENAPI,
     response_model=JobView,
     responses={
         200: {"model": JobView, "description": "The same submission was accepted before, under this key."},
@@ -162,8 +139,8 @@ async def submit(
     service = service_of(request)
     await _grader_of(request, identity, course)
     settings = service.settings
-    if await to_thread.run_sync(service.bundles.free_bytes) < _LEAST_FREE_BYTES + settings.max_bundle:
-        raise ProblemError(507, "disk", "The service's disk is nearly full; its administrator has to make room.")
+    if await to_thread.run_sync(service.bundles.free_bytes) < LEAST_FREE_BYTES + settings.max_bundle:
+        raise disk_full()
     bounds = {
         multipart.JOB: _JOB_PART_BYTES,
         multipart.NOTEBOOK: settings.max_notebook,
@@ -171,14 +148,19 @@ async def submit(
     }
     with service.bundles.upload() as received:
         content_type = request.headers.get("content-type", "")
-        digest = await multipart.receive(request.stream(), content_type, received, bounds)
+        stream = _while_room(request.stream(), service.bundles)
+        digest = await multipart.receive(stream, content_type, received, bounds)
+        # A body may take hours: who sent it may no longer grade, or the course may be another by now.
+        identity = await identity_of(request, request.headers.get("authorization"))
+        await _grader_of(request, identity, course)
+        table = service.settings.courses[course]
 
         def admit() -> tuple[Job, bool]:
             asked = _read_submission((received / multipart.JOB).read_bytes())
-            new = _new_job(service, identity, course, asked, digest, idempotency_key)
+            new = _new_job(table, identity, course, asked, digest, idempotency_key)
             new = dataclasses.replace(new, bundle_bytes=sum(path.stat().st_size for path in received.iterdir()))
             service.bundles.admit(received, new.id)
-            quota = settings.courses[course].daily_quota
+            quota = table.daily_quota
             try:
                 job, created = retrying(lambda: service.store.add(new, daily_quota=quota), seconds=_PATIENCE_SECONDS)
             except (KeyReused, QuotaExceeded):
@@ -205,6 +187,18 @@ async def submit(
     return JSONResponse(view, 202 if created else 200, {"Location": f"/v1/jobs/{job.id}"})
 
 
+async def _while_room(stream: AsyncIterator[bytes], bundles: Bundles) -> AsyncIterator[bytes]:
+    """This body, as long as the disk has room: many may be received at a time. Raises 507."""
+    received = 0
+    async for chunk in stream:
+        received += len(chunk)
+        if received > _LOOK_AT_DISK_BYTES:
+            received = 0
+            if await to_thread.run_sync(lambda: bundles.is_full):
+                raise disk_full()
+        yield chunk
+
+
 def _read_submission(data: bytes) -> Submission:
     try:
         return Submission.model_validate_json(data)
@@ -215,9 +209,8 @@ def _read_submission(data: bytes) -> Submission:
 
 
 def _new_job(
-    service: Service, identity: Identity, course: str, asked: Submission, digest: str, key: str | None
+    table: CourseSettings, identity: Identity, course: str, asked: Submission, digest: str, key: str | None
 ) -> NewJob:
-    table = service.settings.courses[course]
     limits = policies.limits_of(table, policies.Asked(asked.kernel, asked.limits))
     return NewJob(
         id=str(uuid.uuid4()),
@@ -242,9 +235,9 @@ async def find(
     course: str,
     identity: Caller,
     state: Annotated[list[State] | None, Query()] = None,
-    assignment: Annotated[str | None, Query(max_length=255)] = None,
-    student: Annotated[str | None, Query(max_length=255)] = None,
-    submitter: Annotated[str | None, Query(max_length=255)] = None,
+    assignment: Filter = None,
+    student: Filter = None,
+    submitter: Filter = None,
     after: Annotated[str | None, Query(max_length=100, description="`next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> JobPage:
@@ -282,7 +275,7 @@ async def get(
             left = deadline - time.monotonic()
             if row.state in ENDED or left <= 0 or service.waiters.closed:
                 return await to_thread.run_sync(_view, service, row)
-            await service.waiters.wait(event, min(left, _REREAD_SECONDS))
+            await service.waiters.wait(event, _REREAD_SECONDS, left)
 
 
 def _view(service: Service, job: Job) -> JobView:
@@ -291,7 +284,9 @@ def _view(service: Service, job: Job) -> JobView:
         courses = {name: course.concurrent_jobs for name, course in service.settings.courses.items()}
         free, total = service.dispatcher.memory_free, service.settings.memory_bytes
         waiting = service.store.why_waiting(job, courses=courses, memory_free=free, memory_total=total) or ""
-        if not waiting and service.dispatcher.slots_free <= 0:
+        if not waiting and service.bundles.is_full:
+            waiting = "the service's disk is nearly full"
+        elif not waiting and service.dispatcher.slots_free <= 0:
             waiting = f"all {service.settings.slots} places for sandboxes are taken"
     return JobView.of(job, waiting)
 
@@ -351,7 +346,7 @@ async def cancel(request: Request, job: TheJob, identity: Caller) -> JobView:
     if row is None:
         raise not_found()
     if row.state == "cancelled":
-        await to_thread.run_sync(service.bundles.forget_all_but, job.id, None)
+        await to_thread.run_sync(tidy, service.store, service.bundles, job.id)
     log.info("job_cancelled", job=job.id, course=job.course, user=identity.name, state=row.state)
     service.waiters.notify(job.id)
     return JobView.of(row)

@@ -1,6 +1,7 @@
 """What goes over the wire: jobs as clients ask for them and as they see them."""
 
 import datetime
+import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -40,6 +41,13 @@ class SettingsAsked(_Strict):
     store_widget_state: bool = True
     record_timing: bool = True
     coalesce_streams: bool = False
+
+    @field_validator("error_on_timeout")
+    @classmethod
+    def _is_json(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """NaN and Infinity, which parsers take, are no JSON, and PostgreSQL stores none. RFC 8259, 6"""
+        json.dumps(value, allow_nan=False)
+        return value
 
 
 class Submission(_Strict):

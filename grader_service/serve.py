@@ -7,12 +7,16 @@ next start finds everything in the database, and what ran runs again when its le
 import asyncio
 import contextlib
 import os
+import resource
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from grader_service import logs, worker
 from grader_service.app import create_app
@@ -22,7 +26,10 @@ from grader_service.service import Service
 from grader_service.settings import Settings, load
 
 _MOST_CONNECTIONS = 4096
+_MOST_DESCRIPTORS = 4 * _MOST_CONNECTIONS
 _SHUTDOWN_SECONDS = 10
+_HEAD_SECONDS = 20.0
+"""How long a connection may be without a request that is being answered."""
 
 log = structlog.get_logger("serve")
 
@@ -42,6 +49,7 @@ def serve(
     logs.configure(level, as_json=as_json)
     settings = load(config)
     os.umask(0o077)
+    _allow_descriptors()
     try:
         if upgrade_first:
             upgrade(open_engine(settings.database_url))
@@ -49,11 +57,14 @@ def serve(
     except DatabaseError as error:
         log.error("not_started", reason=str(error))
         return 2
+    except SQLAlchemyError as error:
+        log.error("not_started", reason=f"the database does not answer: {type(error).__name__}; is it running?")
+        return 2
     return asyncio.run(_run(service, config))
 
 
 async def _run(service: Service, config: Path) -> int:
-    server = _Server(_uvicorn(service))
+    server = _Server(_uvicorn(service), service)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, lambda: service.reload(lambda: load(config)))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -64,7 +75,11 @@ async def _run(service: Service, config: Path) -> int:
     except HubMisconfigured as error:
         log.error("not_started", reason=str(error))
         return 2
-    await server.serve()
+    try:
+        await server.serve()
+    except OSError as error:  # a unix socket's; what is started is given back by the application's end
+        log.error("not_started", reason=f"cannot listen, or read the TLS certificate or key: {error}")
+        return 2
     log.info("stopped")
     return 0 if server.started else 2
 
@@ -72,9 +87,59 @@ async def _run(service: Service, config: Path) -> int:
 class _Server(uvicorn.Server):
     """Ends with our exit code. uvicorn's own would raise the signal once more after a clean end."""
 
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: "list[socket.socket] | None" = None) -> None:
+        """Answer those who wait for a job, instead of waiting with them; then the rest."""
+        self._service.waiters.close()
+        await super().shutdown(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection that brings no request, which uvicorn keeps for as long as a byte comes now and then."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _look(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(_HEAD_SECONDS, self._end)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+def _allow_descriptors() -> None:
+    """As many as all connections may need; the usual 1024 are few. getrlimit(2)"""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _uvicorn(service: Service) -> uvicorn.Config:
@@ -86,6 +151,8 @@ def _uvicorn(service: Service) -> uvicorn.Config:
         **place,
         ssl_certfile=listen.tls_certificate,
         ssl_keyfile=listen.tls_key,
+        http=_Protocol,
+        ws="none",
         access_log=False,  # addresses may hold a student's name
         log_config=None,
         server_header=False,

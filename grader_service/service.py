@@ -15,6 +15,7 @@ from grader_service.bundles import Bundles
 from grader_service.database import check_revision, open_engine
 from grader_service.dispatcher import Dispatcher
 from grader_service.engines import LocalEngine
+from grader_service.housekeeping import Housekeeper
 from grader_service.jobs import JobStore
 from grader_service.settings import ConfigurationError, Settings
 from grader_service.tokens import TokenStore
@@ -39,6 +40,7 @@ class Service:
         self.dispatcher = Dispatcher(
             settings, self.store, self.bundles, engine or LocalEngine(), changed=self.waiters.notify, run=run
         )
+        self.housekeeper = Housekeeper(self.store, self.bundles)
         self._database = database
 
     def reload(self, load: Callable[[], Settings]) -> bool:
@@ -68,11 +70,13 @@ class Service:
         """From the first started job to the last lease given back."""
         self.waiters.attach(asyncio.get_running_loop())
         self.dispatcher.start()
+        self.housekeeper.start()
         try:
             yield
         finally:
             self.waiters.close()
             await to_thread.run_sync(self.dispatcher.stop)
+            await to_thread.run_sync(self.housekeeper.stop)
             if self.hub is not None:
                 await self.hub.close()
             self._database.dispose()

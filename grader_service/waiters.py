@@ -4,6 +4,10 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 
+_AT_FULL_PACE = 100
+"""How many may wait before each looks less often."""
+_LONGEST_SECONDS = 10.0
+
 
 class Waiters:
     """One event for each job that somebody waits for. A wake-up is a hint: whoever waits reads the row again."""
@@ -11,6 +15,7 @@ class Waiters:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._count = 0
         self.closed = False
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -38,16 +43,19 @@ class Waiters:
         """An event that is set when this job changes. Watch first, then read the row."""
         event = asyncio.Event()
         self._waiting.setdefault(job_id, set()).add(event)
+        self._count += 1
         try:
             yield event
         finally:
+            self._count -= 1
             self._waiting[job_id].discard(event)
             if not self._waiting[job_id]:
                 del self._waiting[job_id]
 
-    async def wait(self, event: asyncio.Event, seconds: float) -> None:
-        """Until the event is set, or this long."""
+    async def wait(self, event: asyncio.Event, seconds: float, longest: float = _LONGEST_SECONDS) -> None:
+        """Until the event is set, or this long; up to `longest` when many wait, whose looks would fill the machine."""
+        slower = min(_LONGEST_SECONDS, seconds * max(1.0, self._count / _AT_FULL_PACE))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(min(slower, longest)):
                 await event.wait()
         event.clear()

@@ -6,17 +6,18 @@ A task carries the lease under which it was claimed. When the row names another 
 nobody: it ends at once, and its sandboxes with it. Nothing is told back but by the database.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from sqlalchemy.exc import SQLAlchemyError
 
 from grader_service import policies
 from grader_service.bundles import KEPT, NOTEBOOK, REPORT, Bundles
@@ -62,15 +63,15 @@ def run(task: Task) -> None:
         try:
             _execute(task, bundles, job.course, Submission.model_validate_json(json.dumps(job.asked)))
         except policies.Refused as error:
-            _end(store, bundles, task, "failed", str(error), result=False)
+            _end(store, task, "failed", str(error), result=False)
         except SandboxError as error:
             if error.layer in LASTING:
-                _end(store, bundles, task, "failed", str(error), result=False)
+                _end(store, task, "failed", str(error), result=False)
             else:
                 reason = str(error)
                 retrying(lambda: store.release(task.job_id, task.lease, reason, task.max_attempts))
         else:
-            _end(store, bundles, task, "done", "", result=True)
+            _end(store, task, "done", "", result=True)
 
 
 def _execute(task: Task, bundles: Bundles, course_name: str, asked: Submission) -> None:
@@ -116,7 +117,8 @@ def _variables(asked: Submission, course: CourseSettings) -> dict[str, str]:
 
 
 def _write(directory: Path, execution: Execution, keep: Any) -> None:
-    _put(directory / NOTEBOOK, nbformat.writes(execution.notebook).encode())
+    # In ASCII: a student may write half a surrogate pair, which no UTF-8 has.
+    _put(directory / NOTEBOOK, nbformat.writes(execution.notebook, ensure_ascii=True).encode())
     _put(directory / REPORT, json.dumps(execution.report.as_dict()).encode())
     if keep is not None and keep.seek(0, os.SEEK_END):
         keep.seek(0)
@@ -130,20 +132,20 @@ def _put(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _end(store: JobStore, bundles: Bundles, task: Task, state: State, reason: str, *, result: bool) -> None:
-    if retrying(lambda: store.finish(task.job_id, task.lease, state, reason, result)):
-        bundles.forget_all_but(task.job_id, task.lease if result else None)
+def _end(store: JobStore, task: Task, state: State, reason: str, *, result: bool) -> None:
+    retrying(lambda: store.finish(task.job_id, task.lease, state, reason, result))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _watching(store: JobStore, task: Task) -> Iterator[None]:
     """End this process as soon as the job is not ours any more: cancelled, or run again by somebody else."""
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(task.watch_seconds):
-            if not retrying(lambda: store.holds(task.job_id, task.lease)) and not stop.is_set():
-                os._exit(LOST_LEASE_CODE)
+            with contextlib.suppress(SQLAlchemyError):  # away for minutes: whose the job is, it says when it is back
+                if not retrying(lambda: store.holds(task.job_id, task.lease), stop=stop) and not stop.is_set():
+                    os._exit(LOST_LEASE_CODE)
 
     thread = threading.Thread(target=watch, name="lease", daemon=True)
     thread.start()

@@ -9,6 +9,7 @@ Refuses to know what the exchange does: a `CourseTree` is what an administrator 
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import grp
 import os
@@ -18,7 +19,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class Campus:
             pytest.skip("only root can make Unix users")
         if missing := [name for name in ("useradd", "groupadd", "userdel", "groupdel") if shutil.which(name) is None]:
             pytest.skip(f"no Unix users can be made without {', '.join(missing)}")
-        with stage._locked():
+        with campus._locked():
             if (top / "refused").exists():
                 pytest.skip((top / "refused").read_text())
             if not (top / "ready").exists():
@@ -205,7 +206,8 @@ class Campus:
                 except upstream.Trouble as trouble:
                     (top / "refused").write_text(f"no environment for other users: {str(trouble)[-500:]}")
                     pytest.skip((top / "refused").read_text())
-                campus._make_people()
+                with stage._locked():  # it makes users, too
+                    campus._make_people()
                 (top / "ready").touch()
         return campus
 
@@ -288,11 +290,18 @@ class Campus:
                     path.chmod(0o700)
                     os.chown(path, entry.pw_uid, entry.pw_gid)
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """A lock of its own: the environment takes a minute, in which others can use the rest of the stage."""
+        with open(self.stage.directory / "campus.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def close(self) -> None:
         """Remove the people and whatever they still run. The files go with the stage."""
         if os.geteuid() != 0 or not (self.stage.directory / "campus").exists():
             return
-        with self.stage._locked():
+        with self._locked():
             for group, names in self._groups.items():
                 for name in (f"{name}-{self._suffix}" for name in names):
                     with contextlib.suppress(KeyError):

@@ -29,8 +29,7 @@ def run(task: Task) -> None:
     time.sleep(0.01)
     with bundles.make_result(task.job_id, task.lease) as result:
         (result / NOTEBOOK).write_bytes(bundles.bundle(task.job_id)[0].read_bytes())
-    if retrying(lambda: store.finish(task.job_id, task.lease, "done", "", result=True)):
-        bundles.forget_all_but(task.job_id, task.lease)
+    retrying(lambda: store.finish(task.job_id, task.lease, "done", "", result=True))
 
 
 if __name__ == "__main__":

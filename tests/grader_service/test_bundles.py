@@ -1,11 +1,15 @@
 """Files of jobs: complete under their final names, private, and gone when they should be."""
 
+import contextlib
 import os
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from attacks.harness import eventually
 from grader_service.bundles import Bundles, is_job_id
 
 LEASE = "0123456789abcdef"
@@ -101,6 +105,51 @@ def test_the_sweep_takes_what_nobody_knows_and_is_old(bundles: Bundles, tmp_path
     assert bundles.sweep([known], older_than_seconds=3600) == 2
     assert sorted(bundles.ids()) == sorted([known, fresh])
     assert not left.exists()
+
+
+def test_an_upload_of_hours_is_no_orphan(bundles: Bundles, tmp_path: Path) -> None:
+    """Neither while it comes, nor before its row is there: the directory is older than its last byte."""
+    job_id = str(uuid.uuid4())
+    with bundles.upload() as received:
+        (received / "notebook").write_bytes(b"{}")
+        os.utime(received, (1, 1))
+        assert bundles.sweep([], older_than_seconds=3600) == 0
+        bundles.admit(received, job_id)
+    assert bundles.sweep([], older_than_seconds=3600) == 0
+    assert bundles.bundle(job_id)[0].read_bytes() == b"{}"
+
+
+def test_removing_is_not_kept_from_it_by_a_worker_that_still_writes(bundles: Bundles) -> None:
+    stop = threading.Event()
+
+    def write(directory: Path) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                directory.mkdir(exist_ok=True)
+                (directory / str(number)).write_bytes(b"")
+
+    ids = [admitted(bundles) for _ in range(30)]
+    for job_id in ids:
+        stop.clear()
+        result = bundles.result(job_id, LEASE)
+        writer = threading.Thread(target=write, args=(result,))
+        writer.start()
+        try:
+            assert eventually(result.exists, 30)
+            assert bundles.remove(job_id)
+        finally:
+            stop.set()
+            writer.join()
+    assert bundles.ids() == []
+
+
+def test_of_two_who_remove_one_does(bundles: Bundles) -> None:
+    ids = [admitted(bundles) for _ in range(300)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: [bundles.remove(job_id) for job_id in ids], range(2)))
+    assert [one + other for one, other in zip(*found, strict=True)] == [1] * len(ids)
 
 
 @pytest.mark.threat(94)

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import pytest
 
-from attacks.harness import Stage
+from attacks.harness import Stage, eventually
 from grader_service.client import GraderClient
 from grader_service.schemas import JobView
 from postgres import Postgres
@@ -28,6 +28,8 @@ from short_service import __file__ as SHORT
 pytestmark = [pytest.mark.slow, pytest.mark.threat(95)]
 
 JOBS = 1000
+JOBS_WITHOUT_DATABASE = 300
+"""Fewer, since a killed PostgreSQL takes seconds to come back; the benchmark has as many as one likes."""
 SUBMITTERS = 8
 Kill = Callable[[], None]
 T = TypeVar("T")
@@ -97,7 +99,8 @@ def judge(host: Host, ids: list[str], count: int) -> None:
     for job_id in ids:
         names = os.listdir(host.directory / "data/jobs" / job_id)
         assert len([name for name in names if name.startswith("result-")]) == 1, names
-        assert "notebook" not in names
+        bundle = host.directory / "data/jobs" / job_id / "notebook"
+        assert eventually(lambda: not bundle.exists(), LONG), names  # noqa: B023
 
 
 def test_the_service_and_its_workers_are_killed() -> None:
@@ -134,8 +137,10 @@ def test_postgresql_is_killed(stage: Stage) -> None:
             host.kill()
             host.start(*command)
 
-        ids = kill_during(lambda: submit_all(host, JOBS), [database, database, service], seed=27, pause=(2.0, 5.0))
-        judge(host, ids, JOBS)
+        ids = kill_during(
+            lambda: submit_all(host, JOBS_WITHOUT_DATABASE), [database, database, service], seed=27, pause=(2.0, 5.0)
+        )
+        judge(host, ids, JOBS_WITHOUT_DATABASE)
 
 
 def test_real_sandboxes_are_killed_with_their_service() -> None:
