@@ -11,11 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from isolate.arguments import seconds
 from nbgrader_aalto import course, upkeep
 from nbgrader_aalto.create import create as create_course
 
 FOUND, REFUSED, UNCONFIRMED = 1, 2, 3
-"""Exit codes: something is left to do, or wrong; nothing was done; a receipt is not confirmed yet."""
+"""Exit codes: something is left to do, or wrong; nothing was done; a receipt is not confirmed."""
 
 _CREATE_EPILOG = """\
 Makes what is missing, and can be run again: what is there is kept, modes of your own directories are mended. A member
@@ -55,7 +56,8 @@ _REPAIR_EPILOG = """\
 Your own files and directories get the group and the modes. Files of others that you can read are replaced by a copy
 where their directory lets you, with content and time as they were; a gradebook or a log never, since somebody may have
 it open. For the rest the owner's name and command is printed; quickest, the owner runs `nbgrader-aalto course repair`.
-Links are not followed, inbound is not touched, and nothing is removed. Root mends everything.
+What commands left that were killed is put right as their next run would: an earlier version is back, half made things
+go. Nothing else is removed, links are not followed, inbound is not touched. Root mends all modes, and nothing else.
 
 exit code: 0 all is well now; 1 something is left; 2 the course was not found, or is not yours
 
@@ -89,9 +91,10 @@ _VERIFY_EPILOG = """\
 A receipt is given at submit, unconfirmed. When the course has the submission, an instructor's process puts a confirmed
 one into the student's box, where nobody else can. This says which it is, and whether the files in the student's own
 record are still those of the receipt. PATH is such a record, or a receipt; without it, all records of one's own.
-For instructors the course's vault decides instead: they run it in the course directory.
+For instructors the course's vault decides instead: they run it in the course directory. Where everybody has one uid
+(identity 'shared'), a confirmation in a box is "unproved": anybody could have written it. Only the vault confirms.
 
-exit code: 0 all confirmed; 1 one is wrong: its files, or its confirmation; 2 no answer; 3 one is unconfirmed
+exit code: 0 all confirmed; 1 one is wrong: its files, or its confirmation; 2 no answer; 3 one is unconfirmed, unproved
 
 examples:
   nbgrader-aalto receipt verify
@@ -118,16 +121,6 @@ def group(text: str) -> int:
         f"there is no group {text!r} here. An administrator makes it (groupadd {text}) and puts each instructor into "
         f"it (usermod -a -G {text} USER); or name another one with --group"
     )
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -316,7 +309,7 @@ def verify(options: argparse.Namespace) -> int:
     app = _nbgrader()
     configured = app.coursedir.course_id
     from nbgrader_aalto.exchange.collect import ExchangeCollect
-    from nbgrader_aalto.exchange.verify import State, Verdict, worst
+    from nbgrader_aalto.exchange.verify import Judges, State, Verdict, worst
     from nbgrader_aalto.exchange.verify import verify as judge
     from nbgrader_aalto.trees import Unfit
 
@@ -328,7 +321,11 @@ def verify(options: argparse.Namespace) -> int:
         if name == configured and exchange.is_member() and os.access(exchange.open_vault().path, os.R_OK):
             vault = exchange.open_vault()
         try:
-            verdict = judge(path, exchange.own_boxes(), vault, exchange.people())
+            judges = Judges(
+                *(exchange.own_boxes(), vault, exchange.people(), lambda record: exchange.label(record, None)),
+                by_owner=exchange.identity == "unix",
+            )
+            verdict = judge(path, judges)
         except (OSError, Unfit) as error:
             verdict = Verdict(State.WRONG, f"{path}: {error}")
         verdicts.append(verdict)
@@ -336,7 +333,7 @@ def verify(options: argparse.Namespace) -> int:
     if not verdicts:
         print(f"nbgrader-aalto: nothing was handed in from here: no records in {exchange.cache}", file=sys.stderr)
         return UNCONFIRMED
-    return {State.CONFIRMED: 0, State.UNCONFIRMED: UNCONFIRMED, State.WRONG: FOUND}[worst(verdicts)]
+    return {State.CONFIRMED: 0, State.WRONG: FOUND}.get(worst(verdicts), UNCONFIRMED)
 
 
 def _receipts(paths: Sequence[Path], wanted: str, cache: Path) -> Iterator[tuple[str, Path]]:

@@ -22,9 +22,8 @@ import dataclasses
 import glob
 import os
 import re
-import stat
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,8 @@ from traitlets import Float
 from nbgrader_aalto import shared
 from nbgrader_aalto.earlier import EarlierResult, aside, recover
 from nbgrader_aalto.inspection import printable
-from nbgrader_aalto.lock import Busy, Lock, LockLost, locked
-
-LOCKS = ".locks"
-"""Below the course directory."""
-
-_DOING = {"autograded": "autograding", "feedback": "making feedback on", "release": "generating"}
+from nbgrader_aalto.lock import Busy, Lock, LockLost
+from nbgrader_aalto.turns import turn, who
 
 
 class _Interrupted(BaseException):
@@ -91,11 +86,15 @@ class CarefulExporter(Exporter):
         """Called when a student's turn has begun; with False there is no new result, and the earlier one stays."""
         return True
 
+    def steps(self) -> tuple[str, ...]:
+        """The results that nobody else may be at: the one that is made, and after it those that are read."""
+        return (self.converter._output_directory,)
+
     def summary(self) -> list[str]:
         """What to tell at the end, since it did not work."""
         if not self._failed:
             return []
-        lines = [f"  {_who(assignment, student)}: {reason}" for (assignment, student), reason in self._failed.items()]
+        lines = [f"  {who(assignment, student)}: {reason}" for (assignment, student), reason in self._failed.items()]
         return [f"{len(lines)} result(s) not made:\n" + "\n".join(lines)]
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
@@ -190,18 +189,9 @@ class CarefulExporter(Exporter):
         if student_id in converter.coursedir.student_id_exclude.split(","):
             return bool(stock(assignment_id, student_id))
         dest = Path(os.path.normpath(converter._format_dest(assignment_id, student_id)))
-        ends = contextlib.ExitStack()
-        lock = ends.enter_context(
-            turn(
-                Path(converter.coursedir.root),
-                converter._output_directory,
-                student_id,
-                assignment_id,
-                wait_seconds=self.lock_seconds,
-                log=self.log.warning,
-            )
-        )
-        self._turn = now = _Turn(assignment_id, student_id, dest, ends, lock, [])
+        with contextlib.ExitStack() as stack:
+            lock, *_ = [stack.enter_context(self._locked(step, student_id, assignment_id)) for step in self.steps()]
+            self._turn = now = _Turn(assignment_id, student_id, dest, stack.pop_all(), lock, [])
         # first of all, since it mends what a killed run left, and what is there decides what is done
         now.results = [EarlierResult(path) for path in self._paths(dest)]
         if not self.admits(assignment_id, student_id):
@@ -214,6 +204,10 @@ class CarefulExporter(Exporter):
         if not wanted:
             self._end_turn()
         return wanted
+
+    def _locked(self, step: str, student_id: str, assignment_id: str) -> contextlib.AbstractContextManager[Lock | None]:
+        root = Path(self.converter.coursedir.root)
+        return turn(root, step, student_id, assignment_id, wait_seconds=self.lock_seconds, log=self.log.warning)
 
     def _end_turn(self) -> None:
         """Raises nothing but what interrupts; what fails is kept for the report."""
@@ -238,14 +232,14 @@ class CarefulExporter(Exporter):
 
     def _fail(self, assignment_id: str, student_id: str, error: Exception) -> None:
         if isinstance(error, OSError):
-            reason = explain(error)
+            reason = shared.explain(error)
         elif isinstance(error, Busy | LockLost | NbGraderException | shared.NotShared):
             reason = str(error)
         else:
             reason = f"{type(error).__name__}: {error}"
             self.log.error("".join(traceback.format_exception(error)))
         self._failed[assignment_id, student_id] = reason
-        self.log.error("%s: %s", _who(assignment_id, student_id), reason)
+        self.log.error("%s: %s", who(assignment_id, student_id), reason)
 
     def _report(self, other: str | None) -> None:
         """Raise what the instructor must know, with stock's own message if others failed in another way."""
@@ -261,7 +255,7 @@ class CarefulExporter(Exporter):
 
     def _share(self, file_mode: int | None = None) -> None:
         assert self._turn is not None  # called in the middle of one
-        for line in share(Path(self.converter.coursedir.root), self._turn.dest, file_mode):
+        for line in shared.share(Path(self.converter.coursedir.root), self._turn.dest, file_mode):
             self.log.warning("%s", line)
 
 
@@ -294,6 +288,10 @@ class AssignmentExporter(CarefulExporter, NotebookExporter):
 class FeedbackExporter(CarefulExporter, HTMLExporter):
     """For generate_feedback. nbgrader's settings and templates for `HTMLExporter` hold for it, as for any subclass."""
 
+    def steps(self) -> tuple[str, ...]:
+        """Not while the student is being autograded: that would be feedback on half a notebook."""
+        return (*super().steps(), self.converter.coursedir.autograded_directory)
+
     def check_start(self) -> None:
         """Put back autograded results that a killed run left aside, and leave out those that are being made.
 
@@ -305,12 +303,12 @@ class FeedbackExporter(CarefulExporter, HTMLExporter):
         unsettled = self._unsettled(Path(converter._format_source(course.assignment_id, course.student_id)))
         for path, result in unsettled:
             match = re.match(pattern, str(result), re.DOTALL)
-            who = (match["assignment_id"], match["student_id"]) if match else (course.assignment_id, str(result))
+            whose = (match["assignment_id"], match["student_id"]) if match else (course.assignment_id, str(result))
             try:
-                with turn(Path(course.root), course.autograded_directory, who[1], who[0], wait_seconds=0):
+                with turn(Path(course.root), course.autograded_directory, whose[1], whose[0], wait_seconds=0):
                     recover(path)
             except (Busy, LockLost, OSError) as error:
-                self._fail(*who, error)
+                self._fail(*whose, error)
                 busy.add(str(result))
         if unsettled:
             converter.init_notebooks()
@@ -327,92 +325,3 @@ class FeedbackExporter(CarefulExporter, HTMLExporter):
 def _result(aside: str) -> Path:
     path = Path(os.path.normpath(aside))
     return path.with_name(path.name.removeprefix(".").removesuffix(".before"))
-
-
-@contextlib.contextmanager
-def turn(
-    root: Path,
-    step: str,
-    student: str,
-    assignment: str,
-    *,
-    purpose: str = "",
-    wait_seconds: float = 30.0,
-    log: Callable[[str], object] | None = None,
-) -> Iterator[Lock | None]:
-    """The lock of one result, `<root>/<step>/<student>/<assignment>`; the student of an assignment itself is ".".
-
-    Raises `Busy` with who is at work, `OSError`. None, and no lock, where nothing can be written in the course.
-    """
-    directory = root / LOCKS
-    with contextlib.ExitStack() as stack:
-        lock = None
-        if any(os.access(path, os.W_OK | os.X_OK) for path in (directory, root)):
-            doing = purpose or f"{_DOING.get(step, f'making {step} of')} {_who(assignment, student)}"
-            name = f"{step} {student} {assignment}"
-            try:
-                lock = stack.enter_context(locked(directory, name, doing, wait_seconds=wait_seconds, log=log))
-            except OSError as error:  # its own says the lock's name only
-                raise OSError(error.errno, f"no lock can be made: {error.strerror}", str(directory)) from error
-        yield lock
-
-
-def share(root: Path, dest: Path, file_mode: int | None = None) -> list[str]:
-    """Let all instructors of a shared course write to everything below `dest`, and to the directories on the way.
-
-    Directories become setgid and g+rwx, files g+rw on top of `file_mode` or of what they have (files of students come
-    with their own), all with the group of the course directory. Nothing is followed. Returns what could not be.
-    """
-    gid = os.stat(root).st_gid
-    way = [path for path in reversed(dest.parents) if root in path.parents]
-    below = [Path(top) / name for top, _, files in os.walk(dest) for name in (".", *files)]
-    return [line for path in [*way, *below] if (line := _share_one(path, gid, file_mode))]
-
-
-def _share_one(path: Path, gid: int, file_mode: int | None) -> str:
-    try:
-        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        return explain(error)
-    try:
-        status = os.fstat(descriptor)
-        mode = stat.S_IMODE(status.st_mode)
-        if stat.S_ISDIR(status.st_mode):
-            needed, wanted = 0o2070, mode | 0o2770
-        elif stat.S_ISREG(status.st_mode):
-            needed, wanted = 0o060, (mode if file_mode is None else file_mode) | 0o660
-        else:
-            return ""
-        try:
-            shared.mend(descriptor, gid, wanted)
-        except OSError:
-            if mode & needed == needed and status.st_gid == gid:
-                return ""  # a colleague's, and as it must be
-            owner = shared.owner_name(status.st_uid)
-            return f"{path} belongs to {owner}, and the other instructors cannot write to it; {_repair(owner)}"
-    finally:
-        os.close(descriptor)
-    return ""
-
-
-def explain(error: OSError) -> str:
-    """What happened, with the path; if it was not permitted, whose it is and what to do."""
-    if not isinstance(error, PermissionError) or not error.filename:
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    path = Path(os.fsdecode(error.filename))
-    # what may be done to a name is up to its directory
-    culprit = path if os.access(path.parent, os.W_OK | os.X_OK) else path.parent
-    try:
-        owner = shared.owner_name(os.lstat(culprit).st_uid)
-    except OSError:
-        return f"{path}: {error.strerror}"
-    return f"{path}: {error.strerror}. {culprit} belongs to {owner}; {_repair(owner)}"
-
-
-def _repair(owner: str) -> str:
-    return f"{owner} runs `nbgrader-aalto course repair`, or you, which mends what can be mended without {owner}"
-
-
-def _who(assignment: str, student: str) -> str:
-    name = printable(assignment)
-    return name if student == "." else f"{name} of {printable(student)}"

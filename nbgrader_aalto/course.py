@@ -14,13 +14,11 @@ import grp
 import os
 import shlex
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from nbgrader_aalto import shared, trees
 
 CONFIG = "nbgrader_config.py"
-REACHED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class CourseError(Exception):
@@ -97,15 +95,6 @@ def slug_problem(slug: str) -> str:
     if "/" in slug or not slug.isprintable() or len(os.fsencode(slug)) > 200:
         return "it has a slash or unprintable characters, or is too long"
     return ""
-
-
-@contextlib.contextmanager
-def reached(path: str | Path, dir_fd: int | None = None) -> Iterator[int]:
-    descriptor = os.open(path, REACHED, dir_fd=dir_fd)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def printable(path: str) -> str:

@@ -16,14 +16,12 @@ from nbgrader_aalto.course import (
     COURSE,
     INSTRUCTORS,
     INSTRUCTORS_FILE,
-    REACHED,
     Course,
     CourseError,
     Wanted,
     finding_of,
     is_movable,
     movable_finding,
-    reached,
     slug_problem,
 )
 from nbgrader_aalto.takeover import Inherited, committed, git
@@ -43,6 +41,8 @@ logs/
 __pycache__/
 .ipynb_checkpoints/
 .*.before
+.*.dropped.*
+.*.replaced
 .*.new
 """
 _CONFIG = """\
@@ -170,7 +170,7 @@ class Making:
             elif common:
                 self._exchange_root(path)
                 return
-            descriptor = os.open(path, REACHED | os.O_DIRECTORY)
+            descriptor = os.open(path, trees.REACHED | os.O_DIRECTORY)
         except OSError as error:
             owner = "" if common else f"-g {shlex.quote(self._course.group)} "
             self.missing.append(
@@ -223,7 +223,7 @@ class Making:
             for part in path.split("/")[:-1]:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(part, 0o700, dir_fd=descriptor)
-                    with reached(part, descriptor) as made:
+                    with trees.reached(part, dir_fd=descriptor) as made:
                         shared.mend(made, self._course.gid, INSTRUCTORS.bits)
                 descriptor = stack.enter_context(trees.opened(part, dir_fd=descriptor))
             yield descriptor
@@ -233,7 +233,7 @@ class Making:
         new = trees.beside(Path(name)).name
         try:
             trees.write_file(new, content, dir_fd=parent, mode=0o600)
-            with reached(new, parent) as descriptor:
+            with trees.reached(new, dir_fd=parent) as descriptor:
                 shared.mend(descriptor, self._course.gid, INSTRUCTORS_FILE.bits)
             with contextlib.suppress(FileExistsError):
                 os.link(new, name, src_dir_fd=parent, dst_dir_fd=parent, follow_symlinks=False)
@@ -262,7 +262,7 @@ class Making:
                 for name in GIT_WRITTEN:
                     (Path(directory) / ".git" / name).touch()
                 os.mkdir(new, 0o700)
-                with reached(new) as descriptor:
+                with trees.reached(new) as descriptor:
                     shared.mend(descriptor, self._course.gid, INSTRUCTORS.bits)
                 with trees.opened(new) as target, trees.opened(Path(directory) / ".git") as source:
                     trees.copy_tree(source, target, trees.EVERYTHING, _NO_LIMITS)

@@ -2,10 +2,11 @@
 
 Theory of operation. In a directory that is setgid and of the course's group, what is made with a umask of 007 comes
 out as 2770 and 0660, of the student and of that group. The umask must be there before mkdir(2): a chmod(2) by
-somebody who is not in the group would take the setgid bit away. The umask belongs to a process, and nbgrader's
-Assignment List submits inside of the Jupyter server, so this is a process of its own, with one
-JSON request on stdin and one JSON answer on stdout. It makes directories with names
-that its caller chose at random and copies one tree; it refuses to know what a submission is.
+somebody who is not in the group would take the setgid bit away. Where the bit is missing, the group would be the
+student's own, often that of all students: so the group is looked at before anything is written. The umask belongs to
+a process, and nbgrader's Assignment List submits inside of the Jupyter server, so this is a process of its own, with
+one JSON request on stdin and one JSON answer on stdout. It makes directories with names that its caller chose at
+random and copies one tree; it refuses to know what a submission is.
 """
 
 import contextlib
@@ -30,26 +31,38 @@ class DepositError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Deposit:
-    """A directory that was made: its files, what was left out of it, and the newest ctime in it (ns since 1970)."""
+    """A directory that was made: what is in it, what was left out, and the newest ctime in it (ns since 1970)."""
 
     files: tuple[trees.FileEntry, ...]
+    directories: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     newest_ns: int
 
 
-def make(directory: Path, name: str) -> None:
-    """Make an empty directory `name` in `directory`. Raises `DepositError`."""
-    _request({"directory": str(directory), "name": name})
+def make(directory: Path, name: str, *, hidden: bool) -> None:
+    """Make an empty directory `name` in `directory`, which is `hidden` from everybody outside of the latter's group.
+
+    Raises `DepositError`.
+    """
+    _request({"directory": str(directory), "name": name, "hidden": hidden})
 
 
 def copy(
-    directory: Path, name: str, source: Path, selection: trees.Selection, limits: trees.TreeLimits, held: int
+    directory: Path,
+    name: str,
+    source: Path,
+    selection: trees.Selection,
+    limits: trees.TreeLimits,
+    held: int,
+    *,
+    hidden: bool,
 ) -> Deposit:
-    """Make the directory `name` in `directory` with a copy of `source`. Raises `DepositError`; then it is not there."""
+    """The same with a copy of `source`. Keeps `held` open meanwhile. Raises `DepositError`; then it is not there."""
     answer = _request(
         {
             "directory": str(directory),
             "name": name,
+            "hidden": hidden,
             "source": str(source),
             "selection": dataclasses.asdict(selection),
             "limits": dataclasses.asdict(limits),
@@ -58,14 +71,16 @@ def copy(
     )
     return Deposit(
         tuple(trees.FileEntry(**file) for file in answer["files"]),
+        tuple(answer["directories"]),
         tuple((path, why) for path, why in answer["left_out"]),
         answer["newest_ns"],
     )
 
 
 def _request(request: dict[str, Any], held: tuple[int, ...] = ()) -> dict[str, Any]:
-    # -P, and ours last on the path: a `json.py` in a student's working directory is no part of Python
-    command = [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[1])]
+    # -P, and ours last on the path: a `json.py` in a student's working directory is no part of Python.
+    # -S: installed packages are not needed, and looking for them takes a quarter of the time.
+    command = [sys.executable, "-P", "-S", "-c", _PROGRAM, str(Path(__file__).parents[1])]
     done = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, check=False, pass_fds=held)
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
@@ -83,9 +98,12 @@ def _carry_out(request: dict[str, Any]) -> dict[str, Any]:
     directory, name = request["directory"], request["name"]
     with trees.reached(directory) as parent:
         os.mkdir(name, 0o777, dir_fd=parent)
-        if "source" not in request:
-            return {}
         try:
+            if request["hidden"]:
+                with trees.opened(name, dir_fd=parent) as made:
+                    _refuse_other_group(directory, os.fstat(parent).st_gid, os.fstat(made).st_gid)
+            if "source" not in request:
+                return {}
             with trees.opened(request["source"]) as source, trees.opened(name, dir_fd=parent) as target:
                 selection = {key: tuple(value) for key, value in request["selection"].items()}
                 limits = trees.TreeLimits(**request["limits"])
@@ -97,9 +115,18 @@ def _carry_out(request: dict[str, Any]) -> dict[str, Any]:
             raise
     return {
         "files": [dataclasses.asdict(file) for file in copied.files],
+        "directories": copied.directories,
         "left_out": copied.left_out,
         "newest_ns": newest,
     }
+
+
+def _refuse_other_group(directory: str, wanted: int, found: int) -> None:
+    if found != wanted:
+        raise trees.Unfit(
+            f"what is made in {directory} belongs to your own group (gid {found}) and not to the course's ({wanted}), "
+            "so that others could read it. Please tell your instructor to run `nbgrader-aalto course repair`"
+        )
 
 
 def main() -> int:

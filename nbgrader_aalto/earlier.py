@@ -8,7 +8,7 @@ Theory of operation. For `ps1` the earlier result lies beside it, as `.ps1.befor
 called `ps1` is not complete. Each change of state is one rename: the new result counts from the moment that
 `.ps1.before` is called `.ps1.dropped.<random>`, and what has that name is refuse, even if it cannot be removed.
 
-All of it is for who holds the lock of this result (`converters.turn`): for anybody else a colleague's work looks like
+All of it is for who holds the lock of this result (`turns.turn`): for anybody else a colleague's work looks like
 what a killed run left. Refuses to know nbgrader.
 """
 
@@ -16,6 +16,7 @@ import contextlib
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 from nbgrader_aalto import trees
@@ -35,7 +36,7 @@ class EarlierResult:
 
     def put_aside(self) -> None:
         """Out of nbgrader's way, on the same file system, in one step."""
-        if _is_result(self._path):
+        if is_result(self._path):
             os.rename(self._path, self._aside)
         else:
             self._aside.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,11 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.before")
 
 
+def unfinished(path: Path, names: Iterable[str]) -> bool:
+    """Whether the result `path`, a directory with these names in it, or a notebook of it, is not complete now."""
+    return os.path.lexists(aside(path)) or any(name.startswith(".") and name.endswith(".before") for name in names)
+
+
 def recover(path: Path) -> bool:
     """Put back what a killed run left aside, and remove its refuse. Returns whether there was an earlier result.
 
@@ -64,7 +70,7 @@ def recover(path: Path) -> bool:
     _sweep(path)
     if not os.path.lexists(aside(path)):
         return False
-    had = _is_result(aside(path))
+    had = is_result(aside(path))
     _put_back(path)
     return had
 
@@ -72,7 +78,7 @@ def recover(path: Path) -> bool:
 def _put_back(path: Path) -> list[str]:
     """A name is freed by a rename, which works wherever the earlier result can be put back at all."""
     before = aside(path)
-    if _is_result(before):
+    if is_result(before):
         left = _drop(path) if os.path.lexists(path) else []
         os.rename(before, path)
         return left
@@ -102,7 +108,7 @@ def _sweep(path: Path) -> None:
                 _remove(path.with_name(name))
 
 
-def _is_result(path: Path) -> bool:
+def is_result(path: Path) -> bool:
     """A directory, or a notebook, which is never empty."""
     return not path.is_symlink() and (path.is_dir() or (path.is_file() and path.stat().st_size > 0))
 

@@ -29,6 +29,8 @@ from nbformat.validator import get_validator, normalize
 from nbgrader.nbgraderformat import SCHEMA_VERSION
 from nbgrader.utils import parse_utc
 
+from nbgrader_aalto.remains import is_reserved
+
 MAX_REFUSALS = 20  # of one submission: enough to see what is wrong, and a million links stay a short message
 MAX_PATH_BYTES = 1024  # relative; far below PATH_MAX (4096), which the longer path in autograded/ must not reach
 MAX_TIMESTAMP_BYTES = 100
@@ -165,6 +167,8 @@ class _Inspection:
         elif len(os.fsencode(path)) > MAX_PATH_BYTES:
             self.refuse(path, Unfit(f"has a path longer than {MAX_PATH_BYTES} bytes", "Rename it"))
             raise _Enough
+        elif is_reserved(path.name):
+            self.refuse(path, Unfit("has a name that nbgrader-aalto gives to earlier results", "Rename it"))
 
     def open_directory(self, parent: int, name: str, path: PurePosixPath) -> int:
         try:

@@ -137,6 +137,24 @@ def locked(
         os.close(descriptor)
 
 
+def is_held(directory: Path, name: str, *, stale_seconds: float = 60.0) -> bool:
+    """Whether somebody is at work, as far as looking tells: by this host's clock, which a heart may be late for.
+
+    For who only wants to say something: it may be otherwise by the time that this returns.
+    """
+    try:
+        descriptor = os.open(directory, _DIRECTORY)
+    except OSError:
+        return False
+    try:
+        files = _Files(descriptor, directory, _stem(name), 2 * stale_seconds)
+        now = time.time()
+        found = files.look(files.lock)
+        return found is not None and not files.is_dead(found, now)
+    finally:
+        os.close(descriptor)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Found:
     """A file as it was found. Who cannot be told has no holder; what may not be read has beaten just now, for ever."""

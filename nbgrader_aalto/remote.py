@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import httpx
 import nbformat
 from nbformat import NotebookNode
 from pydantic import ValidationError
@@ -65,7 +66,7 @@ def execute(
     except ValidationError as error:
         raise SandboxError("policy", f"the service takes no such job: {error}") from error
     try:
-        job = client.submit(course, submission, nbformat.writes(notebook).encode(), files)
+        job = client.submit(course, submission, _bytes_of(notebook), files)
         try:
             job = client.wait(job.id, progress=tell)
         except BaseException:
@@ -78,6 +79,9 @@ def execute(
             _fetch_files(client, job.id, keep)
     except ServiceError as error:
         raise SandboxError(LAYER, str(error), _REMEDIES.get(error.kind, "")) from error
+    except (ValueError, httpx.HTTPError) as error:  # its words may hold the answer
+        what = f"what answers at the service's address is no grading service: {type(error).__name__}"
+        raise SandboxError(LAYER, what, _REMEDIES["unreachable"]) from error
     try:
         return Execution(_merged(notebook, executed), ExecutionReport.from_dict(report))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, nbformat.ValidationError) as error:
@@ -93,11 +97,21 @@ _REMEDIES = {
 }
 
 
+_CANCEL_SECONDS = 5.0
+"""Somebody pressed Ctrl-C, or the service has not answered for a long time already."""
+
+
 def _give_up(client: GraderClient, job_id: str) -> None:
     try:
-        client.cancel(job_id)
+        client.cancel(job_id, patience_seconds=_CANCEL_SECONDS)
     except ServiceError:
         return  # it runs to its end, and nobody fetches it
+
+
+def _bytes_of(notebook: NotebookNode) -> bytes:
+    """In ASCII: a student may write half a surrogate pair, which no UTF-8 has."""
+    text: str = nbformat.writes(notebook, ensure_ascii=True)
+    return text.encode()
 
 
 def _fetch_files(client: GraderClient, job_id: str, keep: IO[bytes]) -> None:

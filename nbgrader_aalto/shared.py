@@ -152,3 +152,59 @@ def _share_existing(path: Path, gid: int) -> None:
             f"The gradebook {path} cannot be written to by you. Its owner {owner_name(status.st_uid)} runs: {command}\n"
             "or `nbgrader-aalto course repair`, which mends all that he or she owns in the course"
         )
+
+
+def share(root: Path, dest: Path, file_mode: int | None = None) -> list[str]:
+    """Let all instructors of a shared course write to everything below `dest`, and to the directories on the way.
+
+    Directories become setgid and g+rwx, files g+rw on top of `file_mode` or of what they have (files of students come
+    with their own), all with the group of the course directory. Nothing is followed. Returns what could not be.
+    """
+    gid = os.stat(root).st_gid
+    way = [path for path in reversed(dest.parents) if root in path.parents]
+    below = [Path(top) / name for top, _, files in os.walk(dest) for name in (".", *files)]
+    return [line for path in [*way, *below] if (line := _share_one(path, gid, file_mode))]
+
+
+def _share_one(path: Path, gid: int, file_mode: int | None) -> str:
+    try:
+        descriptor = os.open(path, _REACHED)
+    except OSError as error:
+        return explain(error)
+    try:
+        status = os.fstat(descriptor)
+        mode = stat.S_IMODE(status.st_mode)
+        if stat.S_ISDIR(status.st_mode):
+            needed, wanted = 0o2070, mode | 0o2770
+        elif stat.S_ISREG(status.st_mode):
+            needed, wanted = 0o060, (mode if file_mode is None else file_mode) | 0o660
+        else:
+            return ""
+        try:
+            mend(descriptor, gid, wanted)
+        except OSError:
+            if mode & needed == needed and status.st_gid == gid:
+                return ""  # a colleague's, and as it must be
+            owner = owner_name(status.st_uid)
+            return f"{path} belongs to {owner}, and the other instructors cannot write to it; {_repair(owner)}"
+    finally:
+        os.close(descriptor)
+    return ""
+
+
+def explain(error: OSError) -> str:
+    """What happened, with the path; if it was not permitted, whose it is and what to do."""
+    if not isinstance(error, PermissionError) or not error.filename:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    path = Path(os.fsdecode(error.filename))
+    # what may be done to a name is up to its directory
+    culprit = path if os.access(path.parent, os.W_OK | os.X_OK) else path.parent
+    try:
+        owner = owner_name(os.lstat(culprit).st_uid)
+    except OSError:
+        return f"{path}: {error.strerror}"
+    return f"{path}: {error.strerror}. {culprit} belongs to {owner}; {_repair(owner)}"
+
+
+def _repair(owner: str) -> str:
+    return f"{owner} runs `nbgrader-aalto course repair`, or you, which mends what can be mended without {owner}"

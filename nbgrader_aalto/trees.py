@@ -6,9 +6,9 @@ refuses to know what they are for.
 
 import contextlib
 import dataclasses
-import fnmatch
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,7 +19,7 @@ from isolate import files, syscalls
 
 _CHUNK = 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_REACHED = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+REACHED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -59,9 +59,10 @@ class Survey:
 
 @dataclasses.dataclass(frozen=True)
 class Copied:
-    """The files of a finished copy, sorted by path, and what was left out with the reason."""
+    """The files of a finished copy, sorted by path, its directories, and what was left out with the reason."""
 
     files: tuple[FileEntry, ...]
+    directories: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
 
 
@@ -74,18 +75,14 @@ class Selection:
 
     def ignores(self, path: str) -> bool:
         """Whether the last part of the path matches a pattern to ignore."""
-        return _matches(path, self.ignore)
+        return files.matches(path, self.ignore)
 
     def includes(self, path: str) -> bool:
         """Whether a file of that name is wanted at all."""
-        return _matches(path, self.include)
+        return files.matches(path, self.include)
 
 
 EVERYTHING = Selection()
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(path.rpartition("/")[2], pattern) for pattern in patterns)
 
 
 @contextlib.contextmanager
@@ -99,9 +96,9 @@ def opened(path: str | Path, *, dir_fd: int | None = None) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def reached(path: str | Path) -> Iterator[int]:
-    """The same for a directory that one may enter but not list, such as a student inbound. open(2), O_PATH."""
-    descriptor = os.open(path, _REACHED)
+def reached(path: str | Path, *, dir_fd: int | None = None) -> Iterator[int]:
+    """A descriptor of anything, a link itself included, that one need not be able to read. open(2), O_PATH."""
+    descriptor = os.open(path, REACHED, dir_fd=dir_fd)
     try:
         yield descriptor
     finally:
@@ -122,6 +119,8 @@ def survey(directory: int, limits: TreeLimits) -> Survey:
             _one_name(entry)
             regular += 1
             total += entry.status.st_size
+        elif entry.status.st_dev != top.st_dev:  # where owners and times may be whatever its maker says
+            raise Unfit(f"{entry.path!r} is another file system")
         entries += 1
         _within(entry, entries, total, limits)
         newest = max(newest, entry.status.st_ctime_ns)
@@ -173,7 +172,7 @@ def copy_tree(
     for path in [*reversed(directories), "."]:
         with opened(path, dir_fd=target) as descriptor:
             os.fsync(descriptor)
-    return Copied(tuple(sorted(found, key=lambda file: file.path)), tuple(left_out))
+    return Copied(tuple(sorted(found, key=lambda file: file.path)), tuple(directories), tuple(left_out))
 
 
 def list_files(directory: int, limits: TreeLimits) -> tuple[FileEntry, ...]:
@@ -287,39 +286,56 @@ def put_in_place(new: Path, path: Path) -> list[str]:
     Where the file system cannot exchange two names (NFS), there are two steps, and after a death between them
     `recover(path)` finds the earlier one. Returns what of it could not be removed, with the reason.
     """
-    aside = _aside(path)
     with opened(new) as descriptor:
         os.fsync(descriptor)
+    left: list[str] = []
     if not os.path.lexists(path):
         os.rename(new, path)
-        left: list[str] = []
     else:
         try:
             syscalls.rename_exchange(str(new), str(path))
-            aside = new
         except OSError:
-            os.rename(path, aside)
-            os.rename(new, path)
-        left = remove(aside)
+            left = remove(_in_two_steps(new, path))
+        else:
+            left = remove(new)
     with opened(path.parent) as descriptor, contextlib.suppress(OSError):
         os.fsync(descriptor)
     return left
 
 
-def _aside(path: Path) -> Path:
+def _in_two_steps(new: Path, path: Path) -> Path:
+    """Returns where the earlier one is now."""
+    earlier = aside(path)
+    os.rename(path, earlier)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(earlier, path)
+        raise
+    return earlier
+
+
+def aside(path: Path) -> Path:
+    """Where the earlier one lies between the two steps."""
     return path.with_name(f".{path.name}.replaced")
 
 
 def recover(path: Path) -> None:
-    """After `put_in_place` died between its two steps: the earlier one is back, or the new one is there alone.
+    """After `put_in_place` died: the earlier one is back, or the new one is there alone, and nothing lies beside it.
 
     For who holds the lock under which things are put there. Raises `OSError`.
     """
-    if os.path.lexists(_aside(path)):
+    earlier = aside(path)
+    if os.path.lexists(earlier):
         if os.path.lexists(path):
-            remove(_aside(path))
+            remove(earlier)
         else:
-            os.rename(_aside(path), path)
+            os.rename(earlier, path)
+    being_made = re.compile(rf"\.{re.escape(path.name[:100])}\.[0-9a-f]{{12}}\.new", re.DOTALL)
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(path.parent):
+            if being_made.fullmatch(name):
+                remove(path.with_name(name))
 
 
 def remove(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from nbgrader_aalto import lock, shared, trees
+from nbgrader_aalto import lock, shared, trees, turns
 from nbgrader_aalto.course import (
     COURSE,
     INSTRUCTORS,
@@ -26,12 +26,13 @@ from nbgrader_aalto.course import (
     is_movable,
     movable_finding,
     printable,
-    reached,
     shell_quoted,
 )
 from nbgrader_aalto.create import Making
+from nbgrader_aalto.remains import Kind, Remains, remains_of
 
-_BEING_MADE = re.compile(r"\..*\.[0-9a-f]{12}\.new|\.nfs[0-9a-f]+", re.DOTALL)
+_STILL_OPEN = re.compile(r"\.nfs[0-9a-f]+")
+"""What NFS keeps of a removed file that somebody has open."""
 _GIT_READ_ONLY = frozenset({"TAG_EDITMSG", "MERGE_MSG", "SQUASH_MSG"})
 """In .git; git removes these itself."""
 _SHARED_REPOSITORY = re.compile(
@@ -58,10 +59,10 @@ def repair(course: Course, say: Callable[[str], None]) -> list[Finding]:
 
     One's own files (for root, all) are given group and mode. Files of others become a copy of ours, put in their
     place by rename(2) when it is complete and equal, where the directory lets us; never a gradebook or a log, which
-    somebody may have open for writing.
+    somebody may have open for writing. What killed commands left behind is put right, but not by root.
     """
-    look = _Look(course, mend=True)
-    with _alone(course, say):
+    with _alone(course, say) as is_alone:
+        look = _Look(course, mend=True, is_alone=is_alone)
         look.at_all()
     for line in look.mended:
         say(line)
@@ -74,22 +75,25 @@ def repair(course: Course, say: Callable[[str], None]) -> list[Finding]:
 
 
 @contextlib.contextmanager
-def _alone(course: Course, say: Callable[[str], None]) -> Iterator[None]:
+def _alone(course: Course, say: Callable[[str], None]) -> Iterator[bool]:
     """While nobody collects or releases. Root replaces no file, and so needs no lock, nor a path to make one in.
 
-    Raises `CourseError` when a colleague is at it for long. Where no lock can be made, nothing can be replaced either.
+    Raises `CourseError` when a colleague is at it for long. False where no lock was made; nothing is replaced then.
     """
+    is_alone = False
     with contextlib.ExitStack() as stack:
         if os.geteuid() != 0:
             umask = os.umask(shared.UMASK)
             stack.callback(os.umask, umask)
             try:
-                stack.enter_context(lock.locked(course.root / ".locks", "exchange", "repairing the course", log=say))
+                directory, purpose = course.root / turns.LOCKS, "repairing the course"
+                stack.enter_context(lock.locked(directory, turns.EXCHANGE, purpose, log=say))
+                is_alone = True
             except lock.Busy as error:
                 raise CourseError(str(error)) from error
             except OSError as error:
-                say(f"{course.root / '.locks'}: {error.strerror}; repairing without a lock")
-        yield
+                say(f"{course.root / turns.LOCKS}: {error.strerror}; repairing without a lock")
+        yield is_alone
 
 
 _Rules = Callable[[str], tuple[Wanted | None, Wanted]]
@@ -99,8 +103,8 @@ _Rules = Callable[[str], tuple[Wanted | None, Wanted]]
 class _Look:
     """One round through a course. Goes on after each problem."""
 
-    def __init__(self, course: Course, *, mend: bool) -> None:
-        self._course, self._mend = course, mend
+    def __init__(self, course: Course, *, mend: bool, is_alone: bool = False) -> None:
+        self._course, self._mend, self._is_alone = course, mend, is_alone
         path = course.gradebook
         self._gradebook = Path(os.path.realpath(path.parent)) / path.name if path else None
         self._elsewhere: set[tuple[int, int]] = set()
@@ -165,7 +169,7 @@ class _Look:
     def _top(self, path: Path, wanted: Wanted, below: _Rules, *, whole: bool) -> None:
         """A directory that must be there, and, if it is to be looked at as a whole, what is in it."""
         try:
-            with reached(path) as descriptor:
+            with trees.reached(path) as descriptor:
                 status = os.fstat(descriptor)
                 self._elsewhere.add((status.st_dev, status.st_ino))
                 if not stat.S_ISDIR(status.st_mode):
@@ -189,7 +193,7 @@ class _Look:
             return
         try:
             for name in sorted(os.listdir(directory)):
-                if not _BEING_MADE.fullmatch(name):
+                if not _STILL_OPEN.fullmatch(name) and not self._is_refuse(f"{path}/{name}"):
                     self._one(directory, name, f"{path}/{name}", rules, depth)
         except OSError as error:
             self._unreadable(path, error)
@@ -198,7 +202,7 @@ class _Look:
 
     def _one(self, directory: int, name: str, path: str, rules: _Rules, depth: int = 0) -> None:
         try:
-            with reached(name, directory) as descriptor:
+            with trees.reached(name, dir_fd=directory) as descriptor:
                 status = os.fstat(descriptor)
                 wanted_directory, wanted_file = rules(path)
                 if stat.S_ISREG(status.st_mode):
@@ -211,12 +215,38 @@ class _Look:
                     self.findings.append(
                         Finding(path, shared.owner_name(status.st_uid), "is too deep to be looked at", "move it higher")
                     )
-                elif os.path.basename(path) != ".locks":  # who is at work: see `lock`
+                elif os.path.basename(path) != turns.LOCKS:  # who is at work: see `lock`
                     self._contents(descriptor, path, rules, depth + 1)
         except FileNotFoundError:
             return  # gone meanwhile: a course is alive
         except OSError as error:
             self._unreadable(path, error)
+
+    def _is_refuse(self, path: str) -> bool:
+        """Whether this is something of which the insides do not count. Looks after what is left of killed commands."""
+        outbound = self._course.exchange and self._course.exchange / self._course.slug / "outbound"
+        remains = remains_of(Path(path), self._course.root, outbound)
+        if remains is None:
+            return False
+        with contextlib.suppress(FileNotFoundError):  # whoever is at work has just done it
+            if self._mend:
+                self._put_right(remains)
+            elif remains.is_left():
+                self.findings.append(remains.finding())
+        return remains.kind in (Kind.NEW, Kind.DROPPED)
+
+    def _put_right(self, remains: Remains) -> None:
+        path = str(remains.path)
+        if not self._is_alone:
+            self.reasons[path] = "not mended: that needs a lock, which was not made; any other instructor can"
+            return
+        try:
+            if done := remains.mend():
+                self.mended.append(f"{printable(path)}: {done}")
+        except (lock.Busy, lock.LockLost) as error:
+            self.reasons[path] = f"not mended: {error}"
+        except OSError as error:
+            self.reasons[path] = f"not mended: {error.strerror or error}"
 
     def _unreadable(self, path: str, error: OSError) -> None:
         owner = "unknown"

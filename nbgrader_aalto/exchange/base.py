@@ -28,8 +28,9 @@ from nbgrader.exchange import default
 from nbgrader.utils import get_osusername, get_username
 from traitlets import Bool, Enum, Float, Integer, List, Unicode
 
-from nbgrader_aalto import deposit, lock, shared, trees
+from nbgrader_aalto import deposit, lock, shared, trees, turns
 from nbgrader_aalto.exchange.boxes import OwnBoxes
+from nbgrader_aalto.exchange.names import student_problem
 from nbgrader_aalto.exchange.people import People, RegistryError
 from nbgrader_aalto.exchange.vault import Vault
 
@@ -95,6 +96,16 @@ class AaltoExchange(default.Exchange):
     ).tag(config=True)
     max_entries = Integer(10_000, help="Most files and directories in one submission.").tag(config=True)
     max_tree_depth = Integer(32, help="Most directories inside one another in one submission.").tag(config=True)
+    max_kept = Integer(
+        1000,
+        help="""Most submissions of one student to one assignment in the vault. A submission that is changed afterwards
+        is kept as another one. What comes after that is held in inbound and reported.""",
+    ).tag(config=True)
+    max_kept_size = Integer(
+        0,
+        help="""Most kilobytes of one student's submissions to one assignment in the vault; 0 for 50 times
+        CourseDirectory.max_dir_size.""",
+    ).tag(config=True)
     lock_seconds = Float(
         60.0, help="How long to wait for a colleague who is at the same work before giving up and saying who it is."
     ).tag(config=True)
@@ -172,14 +183,15 @@ class AaltoExchange(default.Exchange):
 
     def own_boxes(self) -> OwnBoxes:
         """The boxes of whoever runs this."""
-        return OwnBoxes(self.places.feedback, Path(self.cache), self.coursedir.course_id)
+        hidden = self.identity == "unix"
+        return OwnBoxes(self.places.feedback, Path(self.cache), self.coursedir.course_id, hidden=hidden)
 
     def ensure_box(self) -> None:
         """Make a box for a student who has none. Instructors need none but for submissions of their own."""
-        if self.is_member():
+        if self.identity == "unix" and self.is_member():
             return
         try:
-            self.own_boxes().ensure(get_username())
+            self.own_boxes().ensure(self.username())
         except (OSError, deposit.DepositError) as error:
             self.log.error("No box for your feedback could be made in %s: %s", self.places.feedback, error)
 
@@ -196,10 +208,10 @@ class AaltoExchange(default.Exchange):
 
         Raises `ExchangeError` if somebody else holds it, took it over, or no lock can be made.
         """
-        directory = Path(self.coursedir.root) / ".locks"
+        directory = Path(self.coursedir.root) / turns.LOCKS
         try:
             with lock.locked(
-                directory, "exchange", purpose, wait_seconds=self.lock_seconds, log=self.log.warning
+                directory, turns.EXCHANGE, purpose, wait_seconds=self.lock_seconds, log=self.log.warning
             ) as held:
                 yield held
         except (lock.Busy, lock.LockLost) as error:
@@ -207,8 +219,19 @@ class AaltoExchange(default.Exchange):
         except OSError as error:
             self.fail(f"{purpose}: {error.filename or directory}: {error.strerror}. See `nbgrader-aalto course check`")
 
+    def username(self) -> str:
+        """Of whoever runs this. With identity 'shared' only the hub's word for it. Raises `ExchangeError`."""
+        if self.identity == "unix":
+            return str(get_username())
+        name = os.environ.get("JUPYTERHUB_USER", "")
+        if problem := student_problem(name):
+            self.fail(
+                f"Who are you? JUPYTERHUB_USER is {name!r}, and nothing else tells (identity 'shared'): {problem}"
+            )
+        return name
+
     def is_member(self) -> bool:
-        """Whether this process is one of the course's instructors."""
+        """Whether this process is one of the course's instructors; with identity 'shared' everybody may be."""
         return self.course_gid in {os.getegid(), *os.getgroups()}
 
     def _refuse_unhidden(self) -> None:

@@ -15,16 +15,19 @@ import json
 import os
 import secrets
 import stat
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nbgrader_aalto import deposit, trees
 from nbgrader_aalto.exchange.people import People
+from nbgrader_aalto.exchange.stamps import RECEIPT
 
 _TEMPORARY = ".tmp-"
 _MODE = 0o644
-_RECEIPT = ".receipt"
 _FEEDBACK = ".html"
+_MOST_BOXES = 20
+"""Of one student: more than anybody loses; each of them holds everything, and the course pays for it."""
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -35,7 +38,7 @@ def feedback_name(assignment: str, timestamp: str, notebook: str) -> str:
 
 def receipt_name(submission: str) -> str:
     """Of a confirmed receipt in a box."""
-    return f"{submission}{_RECEIPT}"
+    return f"{submission}{RECEIPT}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,13 @@ class Feedback:
 
 
 class OwnBoxes:
-    """The boxes of the student who runs this. Their names are kept in `<cache>/.boxes/<course>`."""
+    """The boxes of the student who runs this. Their names are kept in `<cache>/.boxes/<course>`.
 
-    def __init__(self, feedback: Path, cache: Path, course: str) -> None:
-        self._feedback, self._memory = feedback, cache / ".boxes" / course
+    `hidden` is False where everybody has one uid.
+    """
+
+    def __init__(self, feedback: Path, cache: Path, course: str, *, hidden: bool = True) -> None:
+        self._feedback, self._memory, self._hidden = feedback, cache / ".boxes" / course, hidden
 
     def ensure(self, user: str) -> None:
         """Make a box if there is none. Raises `deposit.DepositError`, `OSError`."""
@@ -64,7 +70,7 @@ class OwnBoxes:
         temporary = self._memory.with_name(f".{self._memory.name}.{secrets.token_hex(4)}")
         temporary.write_text(json.dumps(names), encoding="utf-8")  # before the box: it could not be found again
         os.replace(temporary, self._memory)
-        deposit.make(self._feedback, name)
+        deposit.make(self._feedback, name, hidden=self._hidden)
 
     def paths(self) -> list[Path]:
         """Those that exist and are one's own."""
@@ -95,11 +101,11 @@ class OwnBoxes:
     def receipts(self) -> dict[str, tuple[int, bytes]]:
         """Name of the submission -> the uid that owns the receipt, and what stands in it."""
         found: dict[str, tuple[int, bytes]] = {}
-        for path in self._files(_RECEIPT):
+        for path in self._files(RECEIPT):
             with contextlib.suppress(OSError), open(os.open(path, _READ), "rb") as file:
                 status = os.fstat(file.fileno())
                 if stat.S_ISREG(status.st_mode):
-                    found[path.name.removesuffix(_RECEIPT)] = status.st_uid, file.read(4_000_000)
+                    found[path.name.removesuffix(RECEIPT)] = status.st_uid, file.read(4_000_000)
         return found
 
     def _files(self, suffix: str) -> Iterator[Path]:
@@ -172,17 +178,22 @@ def deliver(
     if not students or not feedback.is_dir():
         return Delivery(frozenset(), frozenset(students), ())
     with trees.opened(feedback) as directory:
+        found: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for name in sorted(os.listdir(directory)):
-            try:
-                with trees.opened(name, dir_fd=directory) as box:
-                    student = _student_of(name, os.fstat(box), people, by_owner)
-                    if student in students:
-                        _fill(box, outbox, student)
-                        reached.add(student)
-            except (
-                OSError
-            ) as error:  # a box that was removed, closed to the group, or is no directory: its owner's loss
-                failed.append((name, error.strerror or str(error)))
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                student = _student_of(name, status, people, by_owner)
+                if student in students:
+                    found[student].append((status.st_ctime_ns, name))
+        for student, boxes in found.items():
+            for _, name in sorted(boxes, reverse=True)[:_MOST_BOXES]:  # the newest: a lost one is made anew
+                try:
+                    with trees.opened(name, dir_fd=directory) as box:
+                        if _student_of(name, os.fstat(box), people, by_owner) == student:  # it may have been swapped
+                            _fill(box, outbox, student)
+                            reached.add(student)
+                except OSError as error:  # removed, closed to the group, or no directory: its owner's loss
+                    failed.append((name, error.strerror or str(error)))
     return Delivery(frozenset(reached), frozenset(students - reached), tuple(failed))
 
 

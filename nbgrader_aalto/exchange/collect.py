@@ -12,17 +12,22 @@ from nbgrader.exchange import default
 from nbgrader.utils import check_mode, get_osusername
 
 from nbgrader_aalto import lock, trees
-from nbgrader_aalto.converters import turn
 from nbgrader_aalto.exchange.base import AaltoExchange
 from nbgrader_aalto.exchange.boxes import Delivery, Outbox, deliver, receipt_name
-from nbgrader_aalto.exchange.people import RegistryError
+from nbgrader_aalto.exchange.names import MAX_TIMESTAMP, assignment_problem
+from nbgrader_aalto.exchange.people import People, RegistryError
 from nbgrader_aalto.exchange.receipts import CONFIRMED, Receipt
 from nbgrader_aalto.exchange.stamps import SubmissionName, format_time, from_ns, parse_time
 from nbgrader_aalto.exchange.usage import readable, usage
 from nbgrader_aalto.exchange.vault import FILES, Incoming, Record, Refused, choose
+from nbgrader_aalto.inspection import printable
+from nbgrader_aalto.turns import turn
 
 NOT_COPIED = ("timestamp.txt", "submission_secret.txt")
 """At the top of a submission: the first is written anew with the file server's time."""
+
+
+_EXISTS = "Submission already exists, use --update to update"
 
 
 class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
@@ -54,44 +59,50 @@ class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
 
     def copy_files(self) -> None:
         """Raises `ExchangeError` if a colleague is at it, the registry fails or there is no room for the copies."""
-        assignment = self.coursedir.assignment_id
+        course, assignment = self.coursedir, self.coursedir.assignment_id
+        people = self.people()
         with self.locked(f"collecting '{assignment}'"):
-            _, refused = self.take_in(lambda claim: claim.assignment == assignment)
+            _, refused = self.take_in(people, lambda claim: claim.assignment == assignment)
             if refused:
                 self.log.warning("%d entries of %s were not taken in, see above", len(refused), self.inbound_path)
-            by_student: dict[str, list[Record]] = defaultdict(list)
-            receipts = Outbox(self.open_vault().path).path
-            for record in self.open_vault().records(assignment):
-                if not (receipts / record.student / receipt_name(record.name)).exists():
-                    self._confirm(record)  # whoever took it in was killed before
-                if fnmatch.fnmatchcase(record.student, self.coursedir.student_id or "*"):
-                    by_student[record.student].append(record)
-            self.warn_of_sizes()
+            by_student = self._by_student(assignment)
+            self.warn_of_sizes(people)
             if not by_student:
-                self.log.warning(
-                    "No submissions of '%s' for course '%s' to collect", assignment, self.coursedir.course_id
-                )
+                self.log.warning("No submissions of '%s' for course '%s' to collect", assignment, course.course_id)
                 return
-            self.log.info(
-                "Processing %d submissions of '%s' for course '%s'",
-                len(by_student),
-                assignment,
-                self.coursedir.course_id,
-            )
+            words = "Processing %d submissions of '%s' for course '%s'"
+            self.log.info(words, len(by_student), assignment, course.course_id)
             for student in sorted(by_student):
-                trees.recover(self._path(student, assignment))
-                self._collect(student, by_student[student])
+                path = Path(course.format_path(course.submitted_directory, student, assignment))
+                self._collect(self._chosen(by_student[student]), path)
+
+    def _by_student(self, assignment: str) -> dict[str, list[Record]]:
+        """All that the vault has of the students who are asked for; and everybody's receipts are there."""
+        found: dict[str, list[Record]] = defaultdict(list)
+        receipts = Outbox(self.open_vault().path).path
+        for record in self.open_vault().records(assignment, self.log.error):
+            if not (receipts / record.student / receipt_name(record.name)).exists():
+                self._confirm(record)  # whoever took it in was killed before
+            if fnmatch.fnmatchcase(record.student, self.coursedir.student_id or "*"):
+                found[record.student].append(record)
+        return found
 
     def take_in(
-        self, wanted: Callable[[SubmissionName], bool] = lambda claim: True
+        self, people: People, wanted: Callable[[SubmissionName], bool] = lambda claim: True
     ) -> tuple[list[Record], list[Refused]]:
         """Copy what is new in inbound into the vault and give receipts. With the lock of the course held."""
-        vault, people = self.open_vault(), self.people()
-        incoming = Incoming(people, self.tree_limits(), self.identity == "unix", get_osusername())
+        vault = self.open_vault()
+        by_owner = self.identity == "unix"
+        name = get_osusername() if by_owner else os.environ.get("JUPYTERHUB_USER", get_osusername())
+        incoming = Incoming(
+            *(people, self.tree_limits(), by_owner, name),
+            most=self.max_kept,
+            most_bytes=1000 * (self.max_kept_size or 50 * self.coursedir.max_dir_size),
+        )
         try:
             vault.clean()
             new, refused = vault.take_in(self.places.inbound, incoming, wanted, self._taken)
-            self.deliver()
+            self.deliver(people)
         except RegistryError as error:
             self.fail(str(error))
             raise
@@ -103,19 +114,41 @@ class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
             raise
         return new, refused
 
-    def warn_of_sizes(self) -> None:
+    def is_known(self, claim: SubmissionName) -> bool:
+        """Whether there is, or was, such an assignment. What is for none is reported: it might fill the vault."""
+        course, assignment = self.coursedir, claim.assignment
+        if assignment_problem(assignment) is None and any(
+            os.path.lexists(path)
+            for path in (
+                self.places.outbound / assignment,
+                self.open_vault().path / assignment,
+                course.format_path(course.source_directory, ".", assignment),
+                course.format_path(course.release_directory, ".", assignment),
+            )
+        ):
+            return True
+        reason = "is for an assignment that this course does not have; `nbgrader collect` takes it in by name"
+        self._taken(Refused(printable(claim.name), reason, held=True))
+        return False
+
+    def warn_of_sizes(self, people: People) -> None:
         """Say who has more in inbound than ten submissions of the largest size."""
-        for one in usage(self.places.inbound, self.people()):
+        try:
+            found = usage(self.places.inbound, people)
+        except RegistryError as error:
+            self.fail(str(error))
+            raise
+        for one in found:
             if one.bytes > 10 * self.tree_limits().tree_bytes or one.files > 10 * self.max_entries:
                 self.log.warning(
                     "%s has %s in %d files in %s; only a quota of the file system can end that",
                     *(one.owner, readable(one.bytes), one.files, self.places.inbound),
                 )
 
-    def deliver(self) -> Delivery:
+    def deliver(self, people: People) -> Delivery:
         """Bring receipts and feedback into the students' boxes."""
         outbox = Outbox(self.open_vault().path)
-        return deliver(outbox, self.places.feedback, self.people(), by_owner=self.identity == "unix")
+        return deliver(outbox, self.places.feedback, people, by_owner=self.identity == "unix")
 
     def _taken(self, one: Record | Refused) -> None:
         if isinstance(one, Refused):
@@ -147,37 +180,42 @@ class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
 
     def label(self, record: Record, due_ns: int | None) -> str:
         """The timestamp of a submission: the one in its name if that is the same moment, else the file server's."""
-        if record.is_named_in_time and not (due_ns is not None and record.claimed_ns <= due_ns < record.time_ns):
+        fits = len(record.claimed) <= MAX_TIMESTAMP  # it becomes a part of names
+        if (
+            fits
+            and record.is_named_in_time
+            and not (due_ns is not None and record.claimed_ns <= due_ns < record.time_ns)
+        ):
             return record.claimed
         return format_time(record.time_ns, self.timezone, self.timestamp_format)
 
-    def _collect(self, student: str, records: list[Record]) -> None:
-        due_ns = None if self.duedate is None else parse_time(self.duedate.isoformat())
-        record = choose(records, due_ns if self.before_duedate else None)
-        label, name = self.label(record, due_ns), f"{student} {record.assignment}"
-        path = self._path(student, record.assignment)
-        if path.is_dir():
-            existing = self._existing_ns(path)
-            new = parse_time(label)
-            newer = self.update and (existing is None or new > existing)
-            other = self.before_duedate and existing != new
-            if not newer and not other:
-                words = (
-                    "No newer submission to collect"
-                    if self.update
-                    else ("Submission already exists, use --update to update")
-                )
-                self.log.info("%s: %s", words, name)
-                return
-            self.log.info("Updating submission: %s", name)
-        else:
-            self.log.info("Collecting submission: %s", name)
-        if due_ns is not None and record.time_ns > due_ns:
+    @property
+    def _due_ns(self) -> int | None:
+        return None if self.duedate is None else parse_time(self.duedate.isoformat())
+
+    def _chosen(self, records: list[Record]) -> Record:
+        return choose(records, self._due_ns if self.before_duedate else None)
+
+    def _collect(self, record: Record, path: Path) -> None:
+        """Put a chosen submission at `path`, unless what is there is to stay. Says what it does, and why not."""
+        label, name = self.label(record, self._due_ns), f"{record.student} {record.assignment}"
+        try:
+            trees.recover(path)
+        except OSError as error:
+            self.log.error("Not collected: %s: %s. It is safe in %s", name, error, record.directory)
+            return
+        there = path.is_dir()
+        if there and not self._replaces(path, label):
+            words = "No newer submission to collect" if self.update else _EXISTS
+            self.log.info("%s: %s", words, name)
+            return
+        self.log.info("%s submission: %s", "Updating" if there else "Collecting", name)
+        if self._due_ns is not None and record.time_ns > self._due_ns:
             self.log.warning("Late: %s, last change %s UTC", name, from_ns(record.time_ns))
         course = self.coursedir
         try:
             with turn(  # not while somebody is autograding what would be replaced
-                *(Path(course.root), course.autograded_directory, student, record.assignment),
+                *(Path(course.root), course.autograded_directory, record.student, record.assignment),
                 purpose=f"collecting {name}",
                 wait_seconds=self.lock_seconds,
                 log=self.log.warning,
@@ -186,8 +224,11 @@ class ExchangeCollect(AaltoExchange, default.ExchangeCollect):
         except (lock.Busy, lock.LockLost, OSError, trees.Unfit) as error:
             self.log.error("Not collected: %s: %s. It is safe in %s", name, error, record.directory)
 
-    def _path(self, student: str, assignment: str) -> Path:
-        return Path(self.coursedir.format_path(self.coursedir.submitted_directory, student, assignment))
+    def _replaces(self, path: Path, label: str) -> bool:
+        """As in nbgrader: a newer one with --update, any other one with --before-duedate."""
+        existing, new = self._existing_ns(path), parse_time(label)
+        newer = self.update and (existing is None or new > existing)
+        return newer or (self.before_duedate and existing != new)
 
     def _existing_ns(self, path: Path) -> int | None:
         try:

@@ -5,6 +5,7 @@ The dictionaries are nbgrader's (exchange/default/list.py), which the Assignment
 
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import os
 import stat
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from nbgrader.exchange import default
-from nbgrader.utils import get_username
 
 from nbgrader_aalto import trees
 from nbgrader_aalto.exchange.base import AaltoExchange, Places
 from nbgrader_aalto.exchange.boxes import Outbox, OwnBoxes, feedback_name
+from nbgrader_aalto.exchange.names import assignment_problem
 from nbgrader_aalto.exchange.people import People, RegistryError
 from nbgrader_aalto.exchange.receipts import ReceiptError, parse_receipt
 from nbgrader_aalto.exchange.stamps import OddName, SubmissionName, parse_name
+
+_REMOVED = ".being-removed"
+"""In a submission that an instructor is removing."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class ExchangeList(AaltoExchange, default.ExchangeList):
             )
             return
         released, people = Outbox(self.open_vault().path), self.people()
+        files_of = functools.cache(released.files)
         for name in names:
             path = places.inbound / name
             if name.startswith("."):
@@ -105,13 +110,15 @@ class ExchangeList(AaltoExchange, default.ExchangeList):
                 claim = parse_name(name)
                 if not fnmatch.fnmatchcase(claim.assignment, self.coursedir.assignment_id or "*"):
                     continue
+                if problem := assignment_problem(claim.assignment):
+                    raise OddName(f"is for an assignment of an odd name: {problem}")
                 student = self._owner(claim, path, people)
                 if not os.listdir(path):
                     continue  # removed by an instructor who does not own it
             except (OddName, OSError, RegistryError) as error:
                 self.log.warning("Not a submission: %r: %s", name, error)
                 continue
-            files = released.files(student)
+            files = files_of(student)
             yield _Listed(
                 course,
                 claim.assignment,
@@ -139,7 +146,7 @@ class ExchangeList(AaltoExchange, default.ExchangeList):
 
     def _cached(self, course: str, places: Places) -> Iterator[_Listed]:
         """One's own submissions, and what was collected or graded without one."""
-        boxes = OwnBoxes(places.feedback, Path(self.cache), course)
+        boxes = OwnBoxes(places.feedback, Path(self.cache), course, hidden=self.identity == "unix")
         if self.coursedir.course_id:
             self.ensure_box()
         feedback: dict[tuple[str, str], dict[str, Path]] = {}
@@ -164,7 +171,7 @@ class ExchangeList(AaltoExchange, default.ExchangeList):
                     )
         for key in sorted((feedback.keys() | others.keys()) - shown):
             notebooks = others.get(key) or tuple(sorted(feedback.get(key, {})))
-            user = get_username()
+            user = self.username()
             yield _Listed(course, key[0], places.feedback, user, key[1], notebooks, feedback.get(key, {}))
 
     def _confirmed(self, boxes: OwnBoxes) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], tuple[str, ...]]]:
@@ -252,8 +259,7 @@ class ExchangeList(AaltoExchange, default.ExchangeList):
         return info
 
     def remove_files(self) -> list[dict[str, Any]]:
-        """List and remove; any instructor can. Of a submission an empty directory stays where its owner alone may
-        remove the name."""
+        """List and remove; any instructor can, while nobody collects or releases. Raises `ExchangeError`."""
         assignments = self.parse_assignments()
         self.log.info(
             "Removing submitted assignments:" if self.inbound or self.cached else "Removing released assignments:"
@@ -262,18 +268,51 @@ class ExchangeList(AaltoExchange, default.ExchangeList):
             for info in assignment.get("submissions", [assignment]):
                 describe = self.format_inbound_assignment if "student_id" in info else self.format_outbound_assignment
                 self.log.info(describe(info))
-        for one in self.found:
-            if one.notebooks is None:
-                self._remove(one)
+        found = [one.path for one in self.found if one.notebooks is None]
+        with contextlib.nullcontext() if self.cached else self.locked("removing assignments"):
+            for path in found:
+                try:
+                    left = self._remove(path)
+                except OSError as error:
+                    left = [f"{path}: {error.strerror}"]
+                for line in left:
+                    self.log.error("Not removed: %s", line)
         return assignments
 
-    def _remove(self, one: _Listed) -> None:
-        if not self.inbound:
-            left = trees.remove(one.path)
+    def _remove(self, path: Path) -> list[str]:
+        """Returns what is left. What was released is gone in one step: nobody fetches half of it. Raises `OSError`."""
+        if self.inbound:
+            return _emptied(path)
+        if self.cached:
+            return trees.remove(path)
+        aside = trees.beside(path)
+        os.rename(path, aside)
+        return trees.remove(aside)
+
+
+def _emptied(submission: Path) -> list[str]:
+    """Remove what is in a submission; the directory itself where that may be: inbound is sticky, only its owner can.
+
+    First of all a file of ours is put there, and it goes last: half of a submission is then one that holds files of
+    somebody else, and is not taken in, even if this is killed.
+    """
+    mark = submission / _REMOVED
+    if not os.path.lexists(mark):
+        trees.write_file(mark, b"", mode=0o660)
+    left: list[str] = []
+    for entry in [Path(entry) for entry in os.scandir(submission) if entry.name != _REMOVED]:
+        if entry.is_dir() and not entry.is_symlink():
+            left += trees.remove(entry)
         else:
-            left = [line for line in trees.remove(one.path) if not line.startswith(f"{one.path}:")]
-        for line in left:
-            self.log.error("Not removed: %s", line)
+            try:
+                os.unlink(entry)
+            except OSError as error:
+                left.append(f"{entry}: {error.strerror}")
+    if not left:
+        os.unlink(mark)
+        with contextlib.suppress(OSError):
+            os.rmdir(submission)
+    return left
 
 
 def _feedback_state(local: Path, released: dict[str, Path], notebook: dict[str, Any]) -> dict[str, Any]:

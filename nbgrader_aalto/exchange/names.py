@@ -13,6 +13,7 @@ everywhere. Each function returns None, or why and what to do.
 import re
 
 from nbgrader_aalto.inspection import BAD_NAME, MAX_PATH_BYTES
+from nbgrader_aalto.remains import is_reserved
 
 MAX_FILE_NAME = 255
 """Bytes: NAME_MAX of the file systems in use. pathconf(3)"""
@@ -20,7 +21,10 @@ MAX_FILE_NAME = 255
 MAX_ASSIGNMENT = 110
 """Bytes. A submission is called `user+assignment+timestamp+random`: 32, this, 31 and 12 bytes, and three of `+`."""
 
-MAX_NOTEBOOK = MAX_FILE_NAME - MAX_ASSIGNMENT - 31 - len("++.html")
+MAX_TIMESTAMP = 31
+"""Bytes, of one as nbgrader writes them."""
+
+MAX_NOTEBOOK = MAX_FILE_NAME - MAX_ASSIGNMENT - MAX_TIMESTAMP - len("++.html")
 """Bytes. A file of feedback is called `assignment+timestamp+notebook.html`."""
 
 MAX_STUDENT = 80
@@ -57,6 +61,8 @@ def file_problem(path: str) -> str | None:
     if BAD_NAME.search(path):
         return "has a control character, a text direction mark or non-UTF-8 bytes in its name; rename it"
     parts = path.split("/")
+    if any(is_reserved(part) for part in parts):
+        return "has a name that nbgrader-aalto gives to earlier results; rename it"
     if not all(parts) or {".", ".."}.intersection(parts):
         return "is not a path inside of the directory; rename it"
     if any(len(part.encode()) > MAX_FILE_NAME for part in parts):

@@ -27,7 +27,8 @@ class People:
 
     `registry` is `nss`, `file:PATH` (lines as in /etc/passwd) or `command:ARGV`, which is run with the uid or the
     username as its last argument and prints such a line (`command:getent passwd`). `instructors` are usernames that
-    count as members of the group `gid` where NSS does not list them.
+    count as members of the group `gid` where NSS does not list them. What was asked once is remembered: one for each
+    round of work.
     """
 
     def __init__(self, registry: str, gid: int | None, instructors: Collection[str] = ()) -> None:
@@ -57,7 +58,15 @@ class People:
             return False
         if uid == os.geteuid() and self._gid in {os.getegid(), *os.getgroups()}:
             return True
-        return name is not None and (name in _members(self._gid) or _primary_group(name) == self._gid)
+        return name is not None and (name in self._members or _primary_group(name) == self._gid)
+
+    @functools.cached_property
+    def _members(self) -> frozenset[str]:
+        assert self._gid is not None  # by the caller
+        try:
+            return frozenset(grp.getgrgid(self._gid).gr_mem)
+        except KeyError:
+            return frozenset()
 
     def _entry(self, key: int | str) -> tuple[str, int] | None:
         """(username, uid). A username may be all digits, so that the type of the key says what it is."""
@@ -105,14 +114,6 @@ def _parse(line: str) -> tuple[str, int] | None:
     """`name:password:uid:...`; None for anything else. passwd(5)"""
     fields = line.strip().split(":")
     return (fields[0], int(fields[2])) if len(fields) >= 3 and fields[0] and fields[2].isdecimal() else None
-
-
-@functools.lru_cache(maxsize=8)
-def _members(gid: int) -> frozenset[str]:
-    try:
-        return frozenset(grp.getgrgid(gid).gr_mem)
-    except KeyError:
-        return frozenset()
 
 
 def _primary_group(name: str) -> int | None:

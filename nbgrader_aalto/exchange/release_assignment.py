@@ -1,14 +1,15 @@
 """Releasing an assignment: students see the version before or the version after, and any instructor may do it."""
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nbgrader.exchange import default
 
 from nbgrader_aalto import earlier, lock, trees
-from nbgrader_aalto.converters import turn
 from nbgrader_aalto.exchange.base import (
     COURSE_MODE,
     HIDDEN_MODE,
@@ -18,6 +19,7 @@ from nbgrader_aalto.exchange.base import (
     AaltoExchange,
 )
 from nbgrader_aalto.exchange.names import assignment_problem, file_problem, notebook_problem
+from nbgrader_aalto.turns import turn
 
 
 class ExchangeReleaseAssignment(AaltoExchange, default.ExchangeReleaseAssignment):
@@ -46,11 +48,8 @@ class ExchangeReleaseAssignment(AaltoExchange, default.ExchangeReleaseAssignment
         if problem := assignment_problem(self.coursedir.assignment_id):
             self.fail(f"'{self.coursedir.assignment_id}' cannot be released: {problem}")
         course, assignment = self.coursedir, self.coursedir.assignment_id
-        try:
-            with turn(Path(course.root), course.release_directory, ".", assignment, wait_seconds=self.lock_seconds):
-                earlier.recover(Path(course.format_path(course.release_directory, ".", assignment)))
-        except (lock.Busy, lock.LockLost, OSError) as error:
-            self.fail(f"'{assignment}' cannot be released now: {error}")
+        with self._turn():
+            earlier.recover(Path(course.format_path(course.release_directory, ".", assignment)))
         super().init_src()
         for directory, _, names in os.walk(self.src_path):
             for name in names:
@@ -59,6 +58,19 @@ class ExchangeReleaseAssignment(AaltoExchange, default.ExchangeReleaseAssignment
                 problem = notebook_problem(stem) if stem != name else file_problem(relative)
                 if problem:
                     self.fail(f"'{self.coursedir.assignment_id}' cannot be released: {relative!r} {problem}")
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """While nobody generates the assignment. Raises `ExchangeError`."""
+        course, assignment = self.coursedir, self.coursedir.assignment_id
+        whose = (Path(course.root), course.release_directory, ".", assignment)
+        try:
+            with turn(
+                *whose, purpose=f"releasing '{assignment}'", wait_seconds=self.lock_seconds, log=self.log.warning
+            ):
+                yield
+        except (lock.Busy, lock.LockLost, OSError) as error:
+            self.fail(f"'{assignment}' cannot be released now: {error}")
 
     def init_dest(self) -> None:
         """Make the course's places in the exchange, or mend the modes of one's own. Raises `ExchangeError`."""
@@ -102,7 +114,7 @@ class ExchangeReleaseAssignment(AaltoExchange, default.ExchangeReleaseAssignment
         """Raises `ExchangeError`; then what was released before is still there."""
         course, assignment = self.coursedir.course_id, self.coursedir.assignment_id
         path = Path(self.dest_path)
-        with self.locked(f"releasing '{assignment}'") as held:
+        with self.locked(f"releasing '{assignment}'") as held, self._turn():
             trees.recover(path)
             if path.is_dir() and not self.force:
                 self.fail(f"Destination already exists, add --force to overwrite: {course} {assignment}")

@@ -9,9 +9,13 @@ from typing import NamedTuple
 from nbgrader.exchange import default
 
 from nbgrader_aalto import trees
+from nbgrader_aalto.earlier import unfinished
 from nbgrader_aalto.exchange.base import AaltoExchange
 from nbgrader_aalto.exchange.boxes import Outbox, deliver, feedback_name
+from nbgrader_aalto.exchange.names import MAX_FILE_NAME, student_problem
 from nbgrader_aalto.exchange.people import RegistryError
+from nbgrader_aalto.exchange.stamps import fit_for_a_name
+from nbgrader_aalto.inspection import printable
 
 NO_TIME = "without a time"
 """The timestamp of feedback for a submission that came without one, such as a zip import."""
@@ -79,7 +83,7 @@ class ExchangeReleaseFeedback(AaltoExchange, default.ExchangeReleaseFeedback):
                 self.fail(f"{error.filename or outbox.path}: {error.strerror}. Run it again when this is mended")
                 raise
         for name, why in done.failed:
-            self.log.error("The box %s could not be written to: %s", name, why)
+            self.log.error("The box %s could not be written to: %s", printable(name), why)
         if done.boxless:
             self.log.warning(
                 "No box yet: %s. It is made when the student next lists or fetches, and the feedback arrives with the "
@@ -110,18 +114,38 @@ class ExchangeReleaseFeedback(AaltoExchange, default.ExchangeReleaseFeedback):
         return pages
 
     def _of_student(self, student: str, directory: Path) -> "list[_Page]":
-        pages: list[_Page] = []
         try:
-            with trees.opened(directory) as opened:
-                timestamp = NO_TIME
-                for name in sorted(os.listdir(opened)):
-                    if name == "timestamp.txt":
-                        timestamp = trees.read_file(name, opened, 1000).decode("utf-8").strip() or NO_TIME
-                for name in sorted(os.listdir(opened)):
-                    if name.endswith(".html"):
-                        content = trees.read_file(name, opened, _MAX_BYTES)
-                        pages.append(_Page(student, name.removesuffix(".html"), timestamp, content))
-        except (OSError, ValueError, trees.Unfit) as error:
-            self.log.error("No feedback released for '%s': %s", student, error)
+            if problem := student_problem(student):
+                raise trees.Unfit(problem)
+            return _read(student, directory, self.coursedir.assignment_id)
+        except (OSError, trees.Unfit) as error:
+            self.log.error("No feedback released for '%s': %s", printable(student), error)
             return []
-        return pages
+
+
+def _read(student: str, directory: Path, assignment: str) -> "list[_Page]":
+    """All pages of one student, as they were at one moment. Raises `OSError`, `trees.Unfit`."""
+    with trees.opened(directory) as opened:
+        before = _state(opened)
+        if unfinished(directory, before):
+            raise trees.Unfit("it is being generated now, or that was killed; generate it first")
+        timestamp = NO_TIME
+        if "timestamp.txt" in before:  # it may be a student's own text, and becomes a part of a name
+            text = trees.read_file("timestamp.txt", opened, 1000).decode("utf-8", "replace")
+            timestamp = fit_for_a_name(text.strip()) or NO_TIME
+        pages = [
+            _Page(student, name.removesuffix(".html"), timestamp, trees.read_file(name, opened, _MAX_BYTES))
+            for name in sorted(before)
+            if name.endswith(".html") and not name.startswith(".")
+        ]
+        if os.fstat(opened).st_ino != os.stat(directory).st_ino or _state(opened) != before:
+            raise trees.Unfit("it has just been generated anew; release it again")
+    for page in pages:
+        if len(os.fsencode(feedback_name(assignment, timestamp, page.notebook))) > MAX_FILE_NAME:
+            raise trees.Unfit(f"{page.notebook!r} and {timestamp!r} are too long for the name of a file")
+    return pages
+
+
+def _state(directory: int) -> dict[str, tuple[int, int, int]]:
+    found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(directory)}
+    return {name: (status.st_ino, status.st_mtime_ns, status.st_size) for name, status in found.items()}

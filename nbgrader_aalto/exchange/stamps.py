@@ -5,6 +5,8 @@ time is the file server's. Usernames may hold `+`; assignments, timestamps and r
 """
 
 import dataclasses
+import functools
+import os
 import re
 import secrets
 from datetime import UTC, datetime
@@ -12,12 +14,19 @@ from datetime import UTC, datetime
 from dateutil.tz import gettz
 from nbgrader.utils import parse_utc
 
-DEFAULT_FORMAT = "%Y-%m-%d %H:%M:%S.%f %Z"
+from nbgrader_aalto.exchange.names import MAX_FILE_NAME
+
+_NUMBERS = "%Y-%m-%d %H:%M:%S.%f"
+DEFAULT_FORMAT = f"{_NUMBERS} %Z"
 """nbgrader's."""
 
+RECEIPT = ".receipt"
+"""Put after a submission's name, this is its receipt's."""
 _RANDOM = re.compile(r"[A-Za-z0-9_-]{8,64}")
 # what nbgrader's parse_utc may be given: dateutil opens a zone that is a path
 _TIME = re.compile(r"\d[0-9A-Za-z :.,_-]{5,60}")
+_OTHER_TIME = re.compile(r"(?!.*\.\.)(?!.*[ :]/)\d[0-9A-Za-z :.,/_+-]{5,60}")
+_LONGEST_NAME = MAX_FILE_NAME - len(RECEIPT)
 NS = 1_000_000_000
 
 
@@ -38,29 +47,45 @@ class OddName(ValueError):
 
 def parse_name(name: str) -> SubmissionName:
     """Raises `OddName`."""
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise OddName(f"has a name of more than {_LONGEST_NAME} bytes")
     parts = name.rsplit("+", 3)
-    if len(parts) >= 3 and _is_time(parts[-1]):
+    if len(parts) == 4 and _RANDOM.fullmatch(parts[3]) and (time_ns := _time_of(parts[2])) is not None:
+        user, assignment, timestamp, _ = parts
+    elif len(parts) >= 3 and (time_ns := _time_of(parts[-1])) is not None:
         user, assignment, timestamp = name.rsplit("+", 2)
     elif len(parts) == 4 and _RANDOM.fullmatch(parts[3]):
-        user, assignment, timestamp, _ = parts
+        raise OddName("has no time in its name that can be read")
     else:
         raise OddName("is not named `user+assignment+timestamp`")
-    if not _is_time(timestamp):
-        raise OddName("has no time in its name that can be read")
     if not user or not assignment:
         raise OddName("names no user or no assignment")
-    return SubmissionName(name, user, assignment, timestamp, parse_time(timestamp))
+    return SubmissionName(name, user, assignment, timestamp, time_ns)
 
 
-def _is_time(text: str) -> bool:
+def fit_for_a_name(text: str) -> str:
+    """The timestamp, in other words if it would break a name; empty if it is none."""
+    if _time_of(text) is not None:
+        return text
     try:
-        return bool(_TIME.fullmatch(text)) and parse_time(text) is not None
+        return from_ns(parse_time(text)).strftime(f"{_NUMBERS} UTC") if _OTHER_TIME.fullmatch(text) else ""
     except (ValueError, OverflowError):
-        return False
+        return ""
 
 
+def _time_of(text: str) -> int | None:
+    try:
+        return parse_time(text) if _TIME.fullmatch(text) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+@functools.lru_cache(maxsize=1 << 16)
 def parse_time(text: str) -> int:
-    """ns since 1970 of a timestamp, as nbgrader reads it (without a zone: UTC). Raises `ValueError`."""
+    """ns since 1970 of a timestamp, as nbgrader reads it (without a zone: UTC). Raises `ValueError`.
+
+    Remembered: reading one takes longer than looking at the submission, and a watcher reads the same ones again.
+    """
     moment = parse_utc(text)
     seconds, microseconds = int(moment.replace(microsecond=0, tzinfo=UTC).timestamp()), int(moment.microsecond)
     return seconds * NS + microseconds * 1000

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbgrader.exchange import default
-from nbgrader.utils import get_username
 
 from nbgrader_aalto import deposit, trees
 from nbgrader_aalto.exchange.base import AaltoExchange
-from nbgrader_aalto.exchange.names import assignment_problem
+from nbgrader_aalto.exchange.names import assignment_problem, file_problem
 from nbgrader_aalto.exchange.receipts import FILE, UNCONFIRMED, Receipt
 from nbgrader_aalto.exchange.stamps import format_time, new_name
+from nbgrader_aalto.inspection import printable
 
 
 class ExchangeSubmit(AaltoExchange, default.ExchangeSubmit):
@@ -34,7 +34,7 @@ class ExchangeSubmit(AaltoExchange, default.ExchangeSubmit):
     def init_dest(self) -> None:
         """As in nbgrader, and the student must be hidden behind inbound's modes before anything is written."""
         super().init_dest()
-        self.student_id = self.assignment_filename.split(f"+{self.coursedir.assignment_id}+")[0]
+        self.student_id = self.username() if self.coursedir.student_id == "*" else self.coursedir.student_id
         if problem := assignment_problem(self.coursedir.assignment_id):
             self.fail(f"This assignment's name cannot be submitted: {problem}")
         status = os.stat(self.inbound_path)
@@ -54,7 +54,11 @@ class ExchangeSubmit(AaltoExchange, default.ExchangeSubmit):
         self._clean_up()
         try:
             with self._pending(hidden) as note:
-                made = deposit.copy(inbound, hidden, Path(self.src_path), self.selection(), self.tree_limits(), note)
+                made = deposit.copy(
+                    *(inbound, hidden, Path(self.src_path), self.selection(), self.tree_limits(), note),
+                    hidden=self.identity == "unix",
+                )
+                self._refuse_names(inbound, hidden, made)
                 name, receipt = self._finish(inbound, hidden, made)
         except (deposit.DepositError, OSError) as error:
             self.fail(
@@ -71,6 +75,14 @@ class ExchangeSubmit(AaltoExchange, default.ExchangeSubmit):
         self.log.info(
             "Receipt (unconfirmed until it is collected): %d files, sha256 %s", len(receipt.files), receipt.digest
         )
+
+    def _refuse_names(self, inbound: Path, hidden: str, made: deposit.Deposit) -> None:
+        """Now, and not when somebody collects: the student is here. Raises `deposit.DepositError`."""
+        paths = (*made.directories, *(file.path for file in made.files))
+        problems = [f"{printable(path)!r} {problem}" for path in paths if (problem := file_problem(path))]
+        if problems:
+            shutil.rmtree(inbound / hidden, ignore_errors=True)
+            raise deposit.DepositError("; ".join(problems[:5]))
 
     def _finish(self, inbound: Path, hidden: str, made: deposit.Deposit) -> tuple[str, Receipt]:
         """The last file and the visible name."""
@@ -119,7 +131,7 @@ class ExchangeSubmit(AaltoExchange, default.ExchangeSubmit):
             shutil.rmtree(new, ignore_errors=True)
             self.log.error("Submitted, but your own record of it could not be written in %s: %s", self.cache, error)
         try:
-            self.own_boxes().ensure(get_username())
+            self.own_boxes().ensure(self.username())
         except (OSError, deposit.DepositError) as error:
             self.log.error("Submitted, but no box for your feedback could be made: %s", error)
 

@@ -41,7 +41,10 @@ _PARTIAL = ".partial-"
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A submission in the vault. Times are ns since 1970; `directory` is not part of the file."""
+    """A submission in the vault. Times are ns since 1970; `directory` is not part of the file.
+
+    `again`: the same entry of inbound is here in an earlier state.
+    """
 
     name: str
     assignment: str
@@ -55,12 +58,13 @@ class Record:
     taken_by: str
     on_behalf_by: str = ""
     notes: tuple[str, ...] = ()
+    again: bool = False
     directory: Path = Path()
 
     @property
     def is_named_in_time(self) -> bool:
         """Whether the time in its name is that of its last change, but for the moment that finishing it took."""
-        return 0 <= self.time_ns - self.claimed_ns <= SAME_MOMENT_NS
+        return not self.again and 0 <= self.time_ns - self.claimed_ns <= SAME_MOMENT_NS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +78,18 @@ class Refused:
 
 @dataclasses.dataclass(frozen=True)
 class Incoming:
-    """Who takes in what: the registry, the limits for one tree, and whether owners say who a student is."""
+    """Who takes in what: the registry, the limits for one tree, and whether owners say who a student is.
+
+    `most` and `most_bytes` are for all submissions of a student to an assignment. What a student changes is kept as a
+    further submission, and the course pays for it: else a few bytes that change again and again would fill its disk.
+    """
 
     people: People
     limits: trees.TreeLimits
     by_owner: bool = True
     taken_by: str = ""
+    most: int = 1000
+    most_bytes: int = 1 << 62
 
 
 class Vault:
@@ -87,14 +97,16 @@ class Vault:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._kept: dict[Path, tuple[int, int]] = {}
+        """For one round of taking in: how many submissions a student's directory has, and their bytes."""
 
-    def records(self, assignment: str) -> list[Record]:
-        """All submissions of an assignment, oldest first."""
+    def records(self, assignment: str, odd: Callable[[str], None] = lambda words: None) -> list[Record]:
+        """All submissions of an assignment, oldest first. `odd` is told of those whose record cannot be read."""
         found: list[Record] = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for student in os.scandir(self.path / assignment):
                 if not student.name.startswith(".") and student.is_dir(follow_symlinks=False):
-                    found.extend(self._of_student(assignment, student.name))
+                    found.extend(self._of_student(assignment, student.name, odd))
         return sorted(found, key=lambda record: (record.time_ns, record.name))
 
     def assignments(self) -> list[str]:
@@ -104,11 +116,15 @@ class Vault:
         except FileNotFoundError:
             return []
 
-    def _of_student(self, assignment: str, student: str) -> Iterator[Record]:
+    def _of_student(self, assignment: str, student: str, odd: Callable[[str], None]) -> Iterator[Record]:
         for entry in os.scandir(self.path / assignment / student):
             if not entry.name.startswith("."):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                try:
                     yield read_record(Path(entry.path))
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except (OSError, ValueError, TypeError, KeyError) as error:
+                    odd(f"{entry.path}/{RECORD} cannot be read ({error}); this submission counts for nothing")
 
     def take_in(
         self,
@@ -129,6 +145,7 @@ class Vault:
             refused.append(one)
             done(one)
 
+        self._kept.clear()
         shared = self.path.parent.stat().st_mode & stat.S_ISGID
         self.path.mkdir(mode=0o770 if shared else 0o700, exist_ok=True)
         with trees.opened(inbound) as directory:
@@ -165,6 +182,8 @@ class Vault:
             raise trees.Unfit(problem)
         with trees.opened(claim.name, dir_fd=inbound) as source:
             owner = os.fstat(source).st_uid
+            if incoming.by_owner:
+                _refuse_foreign(os.fstat(source), os.fstat(inbound))
             student, on_behalf_by = _whose(claim, owner, incoming)
             for _ in range(_TRIES):
                 before = trees.survey(source, incoming.limits)
@@ -176,10 +195,25 @@ class Vault:
                 place = self.path / claim.assignment / student / _place_name(claim.name, before.newest_ns)
                 if os.path.lexists(place):
                     return None
+                self._hold_if_too_much(place.parent, before, incoming)
                 record = self._copy(source, before, place, claim, student, owner, on_behalf_by, incoming)
                 if record is not None:
                     return record
         raise trees.Unfit("is being changed again and again while it is copied; it is looked at again next time")
+
+    def _hold_if_too_much(self, kept: Path, new: trees.Survey, incoming: Incoming) -> None:
+        """Raises `_Held`."""
+        if kept not in self._kept:
+            records = self._of_student(kept.parent.name, kept.name, lambda words: None) if kept.is_dir() else ()
+            sizes = [sum(file.size for file in record.files) for record in records]
+            self._kept[kept] = len(sizes), sum(sizes)
+        number, size = self._kept[kept]
+        if number >= incoming.most or size + new.bytes > incoming.most_bytes:
+            raise _Held(
+                f"would be one of more than {incoming.most} submissions, or with the others more than "
+                f"{incoming.most_bytes} bytes: it stays where it is, and the vault keeps the {number} that it has. "
+                "See c.AaltoExchange.max_kept and max_kept_size"
+            )
 
     def _copy(
         self,
@@ -200,17 +234,13 @@ class Vault:
             os.makedirs(partial / FILES)
             with trees.opened(partial / FILES) as target:
                 copied = trees.copy_tree(source, target, trees.EVERYTHING, incoming.limits)
-            for file in copied.files:
-                if problem := file_problem(file.path):
-                    raise trees.Unfit(f"{file.path!r} {problem}")
+            for path in (*copied.directories, *(file.path for file in copied.files)):
+                if problem := file_problem(path):
+                    raise trees.Unfit(f"{path!r} {problem}")
             after = trees.survey(source, incoming.limits)
             if after != before:
                 return None
             notes = [f"submitted by {on_behalf_by} on behalf of {student}"] if on_behalf_by else []
-            if not 0 <= before.newest_ns - claim.time_ns <= SAME_MOMENT_NS:
-                notes.append(
-                    f"named {claim.timestamp}, but last changed {from_ns(before.newest_ns)} UTC, which is its time"
-                )
             record = Record(
                 name=claim.name,
                 assignment=claim.assignment,
@@ -223,13 +253,20 @@ class Vault:
                 files=copied.files,
                 taken_by=incoming.taken_by,
                 on_behalf_by=on_behalf_by,
-                notes=tuple(notes),
+                again=any(name.endswith(f"-{_short(claim.name)}") for name in os.listdir(place.parent)),
                 directory=place,
             )
+            if not record.is_named_in_time:
+                notes.append(
+                    f"named {claim.timestamp}, but last changed {from_ns(record.time_ns)} UTC, which is its time"
+                )
+            record = dataclasses.replace(record, notes=tuple(notes))
             trees.write_file(partial / RECORD, _to_json(record))
             with trees.opened(partial) as descriptor:
                 os.fsync(descriptor)
             os.rename(partial, place)
+            number, size = self._kept.get(place.parent, (0, 0))
+            self._kept[place.parent] = number + 1, size + before.bytes
             return record
         finally:
             if os.path.lexists(partial):
@@ -243,6 +280,20 @@ class Vault:
 
 class _Held(Exception):
     """Nobody is lost, but nobody can be named."""
+
+
+def _refuse_foreign(status: os.stat_result, inbound: os.stat_result) -> None:
+    """A directory that its owner made in inbound has inbound's group and file system. Raises `trees.Unfit`.
+
+    One that others may write to can be moved here by them: rename(2) asks for no more. It is not its owner's doing.
+    """
+    if status.st_dev != inbound.st_dev:
+        raise trees.Unfit("is another file system")
+    if status.st_gid != inbound.st_gid and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise trees.Unfit(
+            f"was made elsewhere (group {status.st_gid}) where others than its owner may write, so that they could "
+            "have put it here; its owner submits it again"
+        )
 
 
 def _whose(claim: SubmissionName, owner: int, incoming: Incoming) -> tuple[str, str]:
@@ -278,8 +329,11 @@ def _why(error: OSError, directory: int, name: str) -> str:
 
 def _place_name(name: str, time_ns: int) -> str:
     """Sortable, and the same for the same state of the same entry of inbound."""
-    short = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    return f"{from_ns(time_ns).strftime('%Y%m%dT%H%M%S.%f')}Z{time_ns % 1000:03d}-{short}"
+    return f"{from_ns(time_ns).strftime('%Y%m%dT%H%M%S.%f')}Z{time_ns % 1000:03d}-{_short(name)}"
+
+
+def _short(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def _to_json(record: Record) -> bytes:
@@ -289,7 +343,8 @@ def _to_json(record: Record) -> bytes:
 
 
 def read_record(directory: Path) -> Record:
-    """The record of one submission in the vault. Raises `OSError`, or `ValueError` when somebody edited it badly."""
+    """The record of one submission in the vault. Raises `OSError`, or when somebody edited it badly `ValueError`,
+    `TypeError` or `KeyError`."""
     fields = json.loads((directory / RECORD).read_text(encoding="utf-8"))
     fields["files"] = tuple(trees.FileEntry(**file) for file in fields["files"])
     fields["notes"] = tuple(fields["notes"])

@@ -34,8 +34,9 @@ def watch(
     while True:
         started = time.monotonic()
         try:
+            people = collector.people()  # anew each time: students and instructors come and go
             with collector.locked("taking in submissions"):
-                new, _ = collector.take_in()
+                new, _ = collector.take_in(people, collector.is_known)
         except ExchangeError as error:
             if once:
                 raise

@@ -1,11 +1,30 @@
-"""A course for the tests of one module; see `e2e.courses`."""
+"""A course for the tests of one module, see `e2e.courses`; and clerks and places for those of real Unix users."""
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+sys.path.append(os.path.dirname(__file__))  # for tests in directories below
+
+from clerks import Clerks
+from places import made, place
+
 from e2e.courses import Course
+
+__all__ = ["made", "place"]
+
+
+@pytest.fixture(scope="session")
+def clerks() -> Iterator[Clerks]:
+    """People's processes that have imported nbgrader."""
+    made = Clerks()
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,13 @@ from typing import Any
 
 import nbformat
 import pytest
+from clerks import Clerks
 from traitlets.config import Config
 
 from attacks.harness import eventually
 from campus import Campus, CourseTree, Member
 from e2e.courses import Course, answer, check, contents, notebook
-from nbgrader_aalto import converters
+from nbgrader_aalto import converters, shared, turns
 from nbgrader_aalto.configure import configure
 
 SECONDS = 120.0
@@ -177,7 +178,7 @@ def test_after_a_kill_the_earlier_result_is_found_again(
     course.configure(NO_EXECUTION + hook)
     with Staying(tmp_path / "stay", made, course.start, command, "ps1", "--force") as staying:
         assert contents(made.parent / ".ps1.before") == earlier
-        assert len(locks(course.root)) == 2
+        assert len(locks(course.root)) == (4 if command == "generate_feedback" else 2)  # what it reads, too
         staying.end(signal.SIGKILL)
     assert contents(made) != earlier
     course.configure(NO_EXECUTION)
@@ -309,12 +310,24 @@ def test_no_feedback_on_what_is_being_autograded(course: Course) -> None:
     before = course.root / "autograded/ann/.ps1.before"
     (course.root / "autograded/ann/ps1").rename(before)
     shutil.copytree(before, course.root / "autograded/ann/ps1")
-    with converters.turn(course.root, "autograded", "ann", "ps1"):
+    with turns.turn(course.root, "autograded", "ann", "ps1"):
         complaint = convert(course, "GenerateFeedback")
     assert "ps1 of ann: " in complaint
     assert "has been autograding ps1 of ann on host" in complaint
     assert before.exists()
     assert [path.parent.parent.name for path in (course.root / "feedback").rglob("*.html")] == ["bea"]
+
+
+def test_no_feedback_while_the_student_is_autograded(course: Course) -> None:
+    """In the moments in which nothing lies aside, too; the others get theirs."""
+    shutil.rmtree(course.root / "feedback")
+    with turns.turn(course.root, "autograded", "ann", "ps1"):
+        complaint = convert(course, "GenerateFeedback", CarefulExporter={"lock_seconds": 0.1})
+    assert "ps1 of ann: " in complaint
+    assert "has been autograding ps1 of ann on host" in complaint
+    assert [path.parent.parent.name for path in (course.root / "feedback").rglob("*.html")] == ["bea"]
+    assert locks(course.root) == []
+    assert convert(course, "GenerateFeedback") == ""
 
 
 @pytest.mark.parametrize(
@@ -425,14 +438,16 @@ sys.exit(not all(result["success"] for result in results))
 """What Formgrader's buttons do, and a solution, in one process."""
 
 
-def nbgrader(tree: CourseTree, member: Member, *arguments: str, code: int = 0, **env: str) -> str:
-    done = member.nbgrader(*arguments, cwd=tree.root, env={**tree.env(), **env})
+def nbgrader(clerks: Clerks, tree: CourseTree, member: Member, *arguments: str, code: int = 0) -> str:
+    done = clerks.nbgrader(member, *arguments, cwd=tree.root, env=tree.env())
     assert done.code == code, done.log
     return done.log
 
 
 @pytest.mark.slow
-def test_either_instructor_may_make_it_anew_and_everybody_can_write_to_it(tree: CourseTree, campus: Campus) -> None:
+def test_either_instructor_may_make_it_anew_and_everybody_can_write_to_it(
+    clerks: Clerks, tree: CourseTree, campus: Campus
+) -> None:
     inka, ivan = campus.instructors
     prepare(tree, inka, "ps1", submit=True)
     for member in (inka, ivan):
@@ -443,7 +458,7 @@ def test_either_instructor_may_make_it_anew_and_everybody_can_write_to_it(tree: 
         assert (tree.root / made).stat().st_uid == ivan.uid
         assert names_beside(tree.root / made) == ["ps1"]
         assert (tree.root / made / "own/run.sh").stat().st_mode & 0o060 == 0o060
-    nbgrader(tree, inka, "generate_assignment", "ps1", "--notebook=p1", "--force")
+    nbgrader(clerks, tree, inka, "generate_assignment", "ps1", "--notebook=p1", "--force")
     release = tree.root / "release/ps1"
     assert ((release / "p1.ipynb").stat().st_uid, (release / "p2.ipynb").stat().st_uid) == (inka.uid, ivan.uid)
     assert modes(tree.root, release) == {}
@@ -451,16 +466,18 @@ def test_either_instructor_may_make_it_anew_and_everybody_can_write_to_it(tree: 
 
 
 @pytest.mark.slow
-def test_where_a_colleague_forbids_it_nothing_is_lost_and_the_owner_is_named(tree: CourseTree, campus: Campus) -> None:
+def test_where_a_colleague_forbids_it_nothing_is_lost_and_the_owner_is_named(
+    clerks: Clerks, tree: CourseTree, campus: Campus
+) -> None:
     inka, ivan = campus.instructors
     prepare(tree, inka, "ps2", submit=True)
     for command in ("generate_assignment", "autograde"):
-        nbgrader(tree, inka, command, "ps2")
+        nbgrader(clerks, tree, inka, command, "ps2")
     made = tree.root / "autograded/alice/ps2"
     earlier = contents(made)
     made.parent.chmod(0o2755)
     try:
-        log = nbgrader(tree, ivan, "autograde", "ps2", "--force", code=1)
+        log = nbgrader(clerks, tree, ivan, "autograde", "ps2", "--force", code=1)
     finally:
         made.parent.chmod(0o2770)
     assert f"{made.parent} belongs to {inka.name}; {inka.name} runs `nbgrader-aalto course repair`" in log
@@ -469,12 +486,12 @@ def test_where_a_colleague_forbids_it_nothing_is_lost_and_the_owner_is_named(tre
 
 
 @pytest.mark.slow
-def test_what_cannot_be_removed_does_not_cost_the_new_result(tree: CourseTree, campus: Campus) -> None:
+def test_what_cannot_be_removed_does_not_cost_the_new_result(clerks: Clerks, tree: CourseTree, campus: Campus) -> None:
     inka, ivan = campus.instructors
     made = prepare(tree, inka, "ps3")
-    nbgrader(tree, inka, "generate_assignment", "ps3")
+    nbgrader(clerks, tree, inka, "generate_assignment", "ps3")
     (made / "own").chmod(0o2755)
-    log = nbgrader(tree, ivan, "generate_assignment", "ps3", "--force")
+    log = nbgrader(clerks, tree, ivan, "generate_assignment", "ps3", "--force")
     assert "The new result is in place, but something of the earlier one could not be removed" in log
     assert "own/run.sh: Permission denied" in log
     assert made.stat().st_uid == (made / "p1.ipynb").stat().st_uid == ivan.uid
@@ -482,15 +499,17 @@ def test_what_cannot_be_removed_does_not_cost_the_new_result(tree: CourseTree, c
     (refuse,) = (path for path in made.parent.iterdir() if path.name.startswith(".ps3.dropped."))
     assert [path.name for path in refuse.iterdir()] == ["own"]
     # the next run of its owner removes it
-    nbgrader(tree, inka, "generate_assignment", "ps3", "--force")
+    nbgrader(clerks, tree, inka, "generate_assignment", "ps3", "--force")
     assert not refuse.exists()
 
 
 @pytest.mark.slow
-def test_a_colleagues_work_is_not_taken_for_a_killed_run(tree: CourseTree, campus: Campus, tmp_path: Path) -> None:
+def test_a_colleagues_work_is_not_taken_for_a_killed_run(
+    clerks: Clerks, tree: CourseTree, campus: Campus, tmp_path: Path
+) -> None:
     inka, ivan = campus.instructors
     made = prepare(tree, inka, "ps4")
-    nbgrader(tree, inka, "generate_assignment", "ps4")
+    nbgrader(clerks, tree, inka, "generate_assignment", "ps4")
     earlier = contents(made)
     tree.configure(NO_EXECUTION + PRE)
 
@@ -504,12 +523,12 @@ def test_a_colleagues_work_is_not_taken_for_a_killed_run(tree: CourseTree, campu
     try:
         with Staying(place, made, start, "generate_assignment", "ps4", "--force") as staying:
             command = ("generate_assignment", "ps4", "--force", "--CarefulExporter.lock_seconds=0.1")
-            log = nbgrader(tree, ivan, *command, code=1)
+            log = nbgrader(clerks, tree, ivan, *command, code=1)
             assert f"ps4: {inka.name} has been generating ps4 on host" in log
             assert contents(made.parent / ".ps4.before") == earlier
             staying.end(signal.SIGKILL)
         assert contents(made).keys() != earlier.keys()
-        nbgrader(tree, ivan, *command)
+        nbgrader(clerks, tree, ivan, *command)
     finally:
         tree.configure(NO_EXECUTION)
         shutil.rmtree(place.parent)
@@ -520,7 +539,7 @@ def test_a_colleagues_work_is_not_taken_for_a_killed_run(tree: CourseTree, campu
 
 TURN = """
 import pathlib, sys
-from nbgrader_aalto.converters import turn
+from nbgrader_aalto.turns import turn
 with turn(pathlib.Path(sys.argv[1]), "release", ".", "ps1") as lock:
     print(lock is None)
 """
@@ -550,8 +569,20 @@ def test_sharing_follows_nothing(tmp_path: Path) -> None:
     (made / "links").symlink_to(outside)
     (made / "run.sh").write_text("")
     (made / "run.sh").chmod(0o700)
-    assert converters.share(root, made) == []
+    assert shared.share(root, made) == []
     assert (outside / "secret").stat().st_mode & 0o777 == 0o600
     assert outside.stat().st_mode & 0o7777 == 0o700
     assert (made / "run.sh").stat().st_mode & 0o777 == 0o760
     assert made.stat().st_mode & made.parent.stat().st_mode & 0o2770 == 0o2770
+
+
+def test_a_students_file_is_never_taken_for_an_earlier_result(course: Course) -> None:
+    """With its name, generating feedback would put the student's notebook in the place of the autograded one."""
+    submitted, graded = course.root / "submitted/ann/ps1", course.root / "autograded/ann/ps1/p1.ipynb"
+    text = (submitted / "p1.ipynb").read_text()
+    (submitted / ".p1.ipynb.before").write_text(text.replace("one = 1", "one = 'the student was here'"))
+    before = graded.read_bytes()
+    assert "'.p1.ipynb.before' has a name that" in convert(course, "Autograde")
+    assert graded.read_bytes() == before
+    assert convert(course, "GenerateFeedback") == ""
+    assert graded.read_bytes() == before

@@ -376,6 +376,28 @@ def test_of_another_host_only_the_heartbeat_counts(directory: Path, start: Start
         pass
 
 
+def test_looking_tells_whether_somebody_is_at_work_and_touches_nothing(
+    directory: Path, start: Start, tmp_path: Path
+) -> None:
+    assert not lock.is_held(directory, "ps1")
+    assert not lock.is_held(tmp_path / "missing", "ps1")
+    holder = start()
+    assert holder.answer() == "held"
+    before = {name: (directory / name).lstat() for name in files(directory)}
+    assert lock.is_held(directory, "ps1", stale_seconds=NEVER)
+    assert not lock.is_held(directory, "another", stale_seconds=NEVER)
+    change(directory / "ps1.lock", **OTHER_HOST)
+    assert lock.is_held(directory, "ps1", stale_seconds=NEVER)
+    assert files(directory) == sorted(before)
+    os.utime(directory / "ps1.lock", (1, 1))
+    assert not lock.is_held(directory, "ps1"), "its heart has not beaten for long"
+    other = start(tmp_path)
+    assert other.answer() == "held"
+    other.kill()
+    assert not lock.is_held(tmp_path, "ps1", stale_seconds=NEVER), "its process is gone"
+    assert files(tmp_path) != []
+
+
 def test_the_heart_beats(directory: Path) -> None:
     with lock.locked(directory, "ps1", "releasing", stale_seconds=1.0) as held:
         file = directory / "ps1.lock"

@@ -117,7 +117,18 @@ def test_names_made_of_the_longest_names_are_names_of_files() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["a", ".hidden/b c", "a+b [1] (c) & 'd' \".txt", "שלום\u200f.txt", "é" * 127, "x/" * 9 + "y"]
+    "path",
+    [
+        "a",
+        ".hidden/b c",
+        "a.before",
+        ".a.new",
+        ".before",
+        "a+b [1] (c) & 'd' \".txt",
+        "שלום\u200f.txt",
+        "é" * 127,
+        "x/" * 9 + "y",
+    ],
 )
 def test_a_file_may_be_called_nearly_anything(path: str) -> None:
     assert file_problem(path) is None
@@ -134,6 +145,10 @@ def test_a_file_may_be_called_nearly_anything(path: str) -> None:
         ("a\u202eb", "text direction mark"),
         ("a\udcffb/c", "non-UTF-8"),
         ("é" * 128, "more than 255 bytes"),
+        ("a/.b.ipynb.before/c", "gives to earlier results"),
+        (".a.dropped.0123abcd", "gives to earlier results"),
+        (".a.replaced", "gives to earlier results"),
+        (".a.0123456789ab.new", "gives to earlier results"),
         ("/".join(["x" * 100] * 11), "path longer than"),
     ],
 )

@@ -8,31 +8,9 @@ from pathlib import Path
 
 import pytest
 from nbgrader.utils import parse_utc
-from worlds import NOTEBOOK, World, modes
+from worlds import BY_HAND, NOTEBOOK, World, by_hand, modes, now, set_due_date
 
 from campus import Member
-
-BY_HAND = """
-import os, sys
-os.umask(0o007)
-inbound, name, notebook = sys.argv[1:4]
-path = os.path.join(inbound, name)
-os.mkdir(path)
-open(os.path.join(path, "p1.ipynb"), "w").write(notebook)
-"""
-"""A submission made without nbgrader; what a test adds follows in `path`."""
-
-
-def by_hand(world: World, who: Member, assignment: str, more: str = "", *, user: str = "", time: str = "") -> Path:
-    """A submission as a clever student makes it; `time` is a claim."""
-    name = f"{user or who.name}+{assignment}+{time or now()}+abcdefghijkl"
-    done = who.python(BY_HAND + more, world.inbound, name, NOTEBOOK)
-    assert done.code == 0, done.log
-    return world.inbound / name
-
-
-def now(**delta: float) -> str:
-    return (datetime.now(UTC) + timedelta(**delta)).strftime("%Y-%m-%d %H:%M:%S.%f UTC")
 
 
 def timestamp(world: World, who: Member, assignment: str) -> datetime:
@@ -99,9 +77,7 @@ def test_a_change_after_the_deadline_is_a_late_submission(world: World) -> None:
     """Row 85: the intact one counts if somebody took it in, and the changed one is reported."""
     assignment, student = world.release(), world.campus.students[0]
     path = world.submit(student, assignment)
-    watched = world.campus.instructors[1].aalto(
-        "exchange", "watch", world.tree.name, "--once", cwd=world.tree.root, env=world.tree.env()
-    )
+    watched = world.aalto("exchange", "watch", world.tree.name, "--once", who=1)
     assert watched.code == 0, watched.log
     set_due_date(world, assignment, datetime.now(UTC))
     changed = student.python("import sys; open(sys.argv[1], 'a').write(' ')", path / "p1.ipynb")
@@ -116,6 +92,19 @@ def test_a_change_after_the_deadline_is_a_late_submission(world: World) -> None:
 
 
 @pytest.mark.threat("85")
+def test_a_change_right_after_the_submission_is_a_later_one(world: World) -> None:
+    """Within the second in which the time in the name counts: else the first state, once collected, would stay."""
+    assignment, student = world.release(), world.campus.students[0]
+    path = world.submit(student, assignment)
+    world.collect(assignment)
+    changed = student.python("import sys; open(sys.argv[1], 'a').write(' ')", path / "p1.ipynb")
+    assert changed.code == 0
+    assert "but last changed" in world.collect(assignment, "--update")
+    assert (world.submitted(student, assignment) / "p1.ipynb").read_text() == NOTEBOOK + " "
+    assert [record["again"] for record in world.records(assignment)] == [False, True]
+
+
+@pytest.mark.threat("85")
 def test_a_change_that_is_set_back_is_late_too(world: World) -> None:
     assignment, student = world.release(), world.campus.students[0]
     path = world.submit(student, assignment, {"wrong.txt": "wrong"})
@@ -125,17 +114,6 @@ def test_a_change_that_is_set_back_is_late_too(world: World) -> None:
     )
     assert student.python(code, path).code == 0
     assert "Late: " in world.collect(assignment, "--before-duedate")
-
-
-def set_due_date(world: World, assignment: str, moment: datetime) -> None:
-    code = (
-        "import sys\nfrom nbgrader.api import Gradebook\nfrom datetime import datetime\n"
-        "with Gradebook(f'sqlite:///{sys.argv[1]}/gradebook.db', sys.argv[2]) as g:\n"
-        "    g.update_or_create_assignment(sys.argv[3], duedate=datetime.fromisoformat(sys.argv[4]))"
-    )
-    due = moment.replace(tzinfo=None).isoformat()
-    done = world.campus.instructors[0].python(code, world.tree.root, world.tree.name, assignment, due, umask=0o007)
-    assert done.code == 0, done.log
 
 
 ODD = {
@@ -221,6 +199,8 @@ INSIDE = {
         "deeper than",
     ),
     "a closed file": ("os.chmod(path + '/p1.ipynb', 0)", "cannot be read: Permission denied"),
+    "an earlier result": ("open(path + '/.p1.ipynb.before', 'w')", "gives to earlier results"),
+    "a directory as one": ("os.mkdir(path + '/.p1.ipynb.before')", "gives to earlier results"),
     "a newline": ("open(path + '/a' + chr(10) + 'b', 'w')", "control character"),
     "a text direction mark": ("open(path + '/a' + chr(0x202E) + 'b', 'w')", "control character"),
     "bytes that are no text": ("open(os.fsencode(path) + bytes([47, 255]), 'w')", "control character"),
@@ -406,6 +386,33 @@ def test_a_submission_that_an_instructor_removed_is_not_taken_in_again(world: Wo
     assert not path.exists() or os.listdir(path) == []
     assert "No submissions of" in world.collect(assignment)
     assert student.name not in world.as_instructor("list", assignment, "--inbound").log
+
+
+KILLED = """
+import os, signal, sys
+def at(event, arguments):
+    if event == "os.remove" and str(arguments[0]).endswith({ending!r}):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(at)
+"""
+
+
+def test_half_of_a_submission_that_was_being_removed_is_never_taken_in(world: World) -> None:
+    """Whoever removed it was killed. To collect, it would be a later submission."""
+    assignment, student = world.release(), world.campus.students[0]
+    path = world.submit(student, assignment, {"a.txt": "1", "b.txt": "2"})
+    instructor = world.campus.instructors[0]
+    command = ("list", assignment, "--inbound", "--remove")
+    where = {"cwd": world.tree.root, "env": world.tree.env()}
+    for ending in ("b.txt", "p1.ipynb"):
+        killed = world.clerks.nbgrader(instructor, *command, first=KILLED.format(ending=ending), **where)
+        assert killed.code == -9, killed.log
+        assert "holds files of somebody else" in world.collect(assignment, who=1)
+    done = world.clerks.nbgrader(world.campus.instructors[1], *command, **where)
+    assert done.code == 0, done.log
+    assert os.listdir(path) == []
+    assert "No submissions of" in world.collect(assignment)
+    assert not world.records(assignment)
 
 
 def test_receipts_become_confirmed(world: World) -> None:

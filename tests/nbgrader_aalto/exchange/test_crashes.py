@@ -199,9 +199,7 @@ def test_who_uses_how_much_is_reported(world: World) -> None:
     made = bob.python(code, world.inbound, name)
     assert made.code == 0, made.log
     try:
-        done = world.campus.instructors[1].aalto(
-            "exchange", "sizes", world.tree.name, cwd=world.tree.root, env=world.tree.env()
-        )
+        done = world.aalto("exchange", "sizes", world.tree.name, who=1)
         assert done.code == 0, done.log
         units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
         rows = [line.split() for line in done.log.splitlines()[1:]]

@@ -64,6 +64,25 @@ def test_feedback_of_one_student_only(world: World) -> None:
     assert (len(pages(world, alice, assignment)), len(pages(world, bob, assignment))) == (1, 1)
 
 
+@pytest.mark.parametrize("aside", [".{assignment}.before", "{assignment}/.p1.html.before"])
+def test_feedback_that_is_being_generated_is_not_released(world: World, aside: str) -> None:
+    """By a colleague, for one notebook or all: it is half a page now. The others get theirs."""
+    assignment, (alice, bob, _) = world.release(), world.campus.students
+    for student in (alice, bob):
+        world.submit(student, assignment)
+    world.collect(assignment)
+    for student in (alice, bob):
+        world.write_feedback(student, assignment, f"for {student.name}")
+    mark = world.tree.root / "feedback" / alice.name / aside.format(assignment=assignment)
+    mark.touch()
+    log = release(world, assignment)
+    assert f"No feedback released for '{alice.name}': it is being generated now" in log
+    assert (len(pages(world, alice, assignment)), len(pages(world, bob, assignment))) == (0, 1)
+    mark.unlink()
+    release(world, assignment)
+    assert len(pages(world, alice, assignment)) == 1
+
+
 def test_excluded_students_get_no_feedback(world: World) -> None:
     assignment, (alice, bob, _) = world.release(), world.campus.students
     for student in (alice, bob):

@@ -90,7 +90,7 @@ def test_modes_of_a_submission(world: World, umask: int) -> None:
     cwd = world.work(student, assignment, {"sub/data.txt": "mine", "sub/deep/run.sh": "true"})
     (cwd / assignment / "sub/data.txt").chmod(0o400)
     (cwd / assignment / "sub/deep/run.sh").chmod(0o777)
-    done = student.nbgrader("submit", assignment, cwd=cwd, env=world.tree.env(), umask=umask)
+    done = world.clerks.nbgrader(student, "submit", assignment, cwd=cwd, env=world.tree.env(), umask=umask)
     assert done.code == 0, done.log
     (name,) = (name for name in os.listdir(world.inbound) if f"+{assignment}+" in name)
     assert modes(world.inbound / name) == {
@@ -112,14 +112,14 @@ def test_modes_of_the_exchange(world: World) -> None:
     first, second = world.campus.instructors
     code = "import os, sys; os.umask(0o022); os.makedirs(sys.argv[1]); open(sys.argv[1] + '/p1.ipynb', 'w').write('{}')"
     assert first.python(code, release).code == 0
-    done = first.nbgrader("release_assignment", "ps1", cwd=tree.root, env=tree.env())
+    done = world.clerks.nbgrader(first, "release_assignment", "ps1", cwd=tree.root, env=tree.env())
     assert done.code == 0, done.log
     places = tree.exchange / "fresh"
     found = {name: f"{os.stat(places / name).st_mode & 0o7777:o}" for name in os.listdir(places)}
     assert found == {"outbound": "2775", "inbound": "3773", "feedback": "3773"}
     assert {os.stat(places / name).st_gid for name in found} == {world.campus.gid}
     assert attempts(world.campus.students[0], places / "inbound")["list"] == "PermissionError"
-    done = second.nbgrader("release_assignment", "ps1", "--force", cwd=tree.root, env=tree.env())
+    done = world.clerks.nbgrader(second, "release_assignment", "ps1", "--force", cwd=tree.root, env=tree.env())
     assert done.code == 0, done.log
 
 
@@ -129,7 +129,7 @@ def test_a_student_is_told_when_inbound_hides_nothing(world: World, mode: int) -
     cwd = world.work(student, assignment)
     world.inbound.chmod(mode)
     try:
-        done = student.nbgrader("submit", assignment, cwd=cwd, env=world.tree.env())
+        done = world.clerks.nbgrader(student, "submit", assignment, cwd=cwd, env=world.tree.env())
     finally:
         world.inbound.chmod(0o3773)
     assert done.code == 1
@@ -142,7 +142,7 @@ def test_nothing_runs_in_an_exchange_whose_courses_can_be_moved_away(world: Worl
     cwd = world.work(student, assignment)
     world.tree.exchange.chmod(0o777)
     try:
-        done = student.nbgrader("submit", assignment, cwd=cwd, env=world.tree.env())
+        done = world.clerks.nbgrader(student, "submit", assignment, cwd=cwd, env=world.tree.env())
     finally:
         world.tree.exchange.chmod(0o755)
     assert done.code == 1
@@ -155,7 +155,7 @@ def test_a_course_directory_of_another_group_is_not_the_course(world: World) -> 
     course = world.tree.exchange / world.tree.name
     os.chown(course, student.uid, student.gid)
     try:
-        done = student.nbgrader("submit", assignment, cwd=cwd, env=world.tree.env())
+        done = world.clerks.nbgrader(student, "submit", assignment, cwd=cwd, env=world.tree.env())
     finally:
         os.chown(course, world.campus.instructors[0].uid, world.campus.gid)
         course.chmod(0o2775)
@@ -166,10 +166,10 @@ def test_a_course_directory_of_another_group_is_not_the_course(world: World) -> 
 def test_one_uid_for_everybody_is_refused_until_it_is_accepted_by_name(world: World) -> None:
     shared = world.campus.course("jovyans", "c.AaltoExchange.identity = 'shared'")
     instructor = world.campus.instructors[0]
-    done = instructor.nbgrader("list", cwd=shared.root, env=shared.env())
+    done = world.clerks.nbgrader(instructor, "list", cwd=shared.root, env=shared.env())
     assert done.code == 1
     assert "accept_readable_submissions" in done.log
     accepted = ["--AaltoExchange.accept_readable_submissions=True"]
-    done = instructor.nbgrader("list", *accepted, cwd=shared.root, env=shared.env())
+    done = world.clerks.nbgrader(instructor, "list", *accepted, cwd=shared.root, env=shared.env())
     assert done.code == 0, done.log
     assert "can be read and changed by every student" in done.log

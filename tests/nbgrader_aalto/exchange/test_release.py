@@ -1,6 +1,7 @@
 """Releasing: complete or not at all, by any instructor."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,35 @@ def test_a_release_that_fails_leaves_the_one_before(world: World) -> None:
     assert "What was released before is unchanged" in done.log
     assert (outbound(world.tree) / "fails/data/d.txt").read_text() == "first"
     assert not [name for name in os.listdir(outbound(world.tree)) if name.startswith(".")]
+
+
+GENERATING = """
+import sys
+from pathlib import Path
+from nbgrader_aalto.turns import turn
+with turn(Path(sys.argv[1]), "release", ".", sys.argv[2]):
+    print("at work", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_nothing_is_released_while_a_colleague_generates_it(world: World) -> None:
+    """It would be half of it, for all students."""
+    prepare(world, "busy")
+    first = world.campus.instructors[0]
+    pipes = {"stdin": subprocess.PIPE, "umask": 0o007}
+    generating = first.start(first.interpreter, "-P", "-c", GENERATING, world.tree.root, "busy", **pipes)
+    try:
+        assert generating.stdout is not None
+        assert generating.stdout.readline() == "at work\n"
+        done = world.as_instructor("release_assignment", "busy", "--AaltoExchange.lock_seconds=0.1", who=1)
+    finally:
+        generating.communicate()
+    assert done.code == 1
+    assert f"{first.name} has been generating busy on host" in done.log
+    assert not (outbound(world.tree) / "busy").exists()
+    done = world.as_instructor("release_assignment", "busy", who=1)
+    assert done.code == 0, done.log
 
 
 @pytest.mark.parametrize("name", ["a[1]", "a*", ".hidden", "-f", "a\u202eb", "x" * 200])

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import pytest
 from worlds import NOTEBOOK, World, give
 
 
@@ -40,6 +41,18 @@ def test_what_is_left_out_is_said(world: World) -> None:
     assert sorted(os.listdir(path)) == ["p1.ipynb", "small.txt", "timestamp.txt", "to a file"]
     assert not (path / "to a file").is_symlink()
     assert (path / "to a file").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["a\nb.txt", ".p1.ipynb.before", "d/.ps1.0123456789ab.new"])
+def test_a_name_that_would_be_refused_at_collect_is_refused_at_once(world: World, name: str) -> None:
+    """While the student is there to rename it."""
+    assignment, student = world.release(), world.campus.students[0]
+    world.work(student, assignment, {name: "x"})
+    done = world.as_student(student, "submit", assignment)
+    assert done.code == 1
+    assert "was NOT submitted" in done.log
+    assert "rename it" in done.log
+    assert not [entry for entry in os.listdir(world.inbound) if f"+{assignment}+" in entry or entry.startswith(".")]
 
 
 def test_modules_beside_the_notebook_are_no_part_of_python(world: World) -> None:

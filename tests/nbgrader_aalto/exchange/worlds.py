@@ -5,94 +5,19 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from clerks import Clerks
 
 from campus import Campus, CourseTree, Done, Member
 
 _NUMBER = itertools.count(1)
 NOTEBOOK = nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("answer = 42")]))
-
-
-_CLERK = """
-import json, os, signal, sys, tempfile, time
-import nbgrader.apps.nbgraderapp, nbgrader_aalto.exchange, nbgrader_aalto.execute, nbgrader_aalto.intake
-from nbgrader.apps.nbgraderapp import NbGraderApp
-for line in sys.stdin:
-    order = json.loads(line)
-    log = tempfile.TemporaryFile()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(log.fileno(), 1); os.dup2(log.fileno(), 2); os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.setpgid(0, 0)
-        code = 1
-        try:
-            os.umask(order["umask"]); os.chdir(order["cwd"]); os.environ.update(order["env"])
-            NbGraderApp.launch_instance(argv=order["argv"])
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-    if order["kill_after"] is not None:
-        time.sleep(order["kill_after"])
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    log.seek(0)
-    print(json.dumps([status, log.read().decode(errors="replace")]), flush=True)
-"""
-"""Runs nbgrader's commands, each in a process of its own that was forked after the imports, which take a second."""
-
-
-class Clerks:
-    """One for each person who gave an order; they end with the test module."""
-
-    def __init__(self) -> None:
-        self._at_work: dict[str, subprocess.Popen[str]] = {}
-
-    def nbgrader(
-        self,
-        who: Member,
-        *argv: str,
-        cwd: Path,
-        env: Mapping[str, str],
-        umask: int = 0o022,
-        kill_after: float | None = None,
-    ) -> Done:
-        """As `Member.nbgrader`, but faster. Killed, with all that it started, after so many seconds."""
-        if who.name not in self._at_work:
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": None}
-            self._at_work[who.name] = who.start(who.interpreter, "-P", "-c", _CLERK, **pipes)
-        clerk = self._at_work[who.name]
-        assert clerk.stdin is not None
-        assert clerk.stdout is not None
-        order = {
-            "argv": [str(a) for a in argv],
-            "cwd": str(cwd),
-            "env": dict(env),
-            "umask": umask,
-            "kill_after": kill_after,
-        }
-        clerk.stdin.write(json.dumps(order) + "\n")
-        clerk.stdin.flush()
-        answer = clerk.stdout.readline()
-        assert answer, f"the clerk of {who.name} is gone"
-        return Done(*json.loads(answer))
-
-    def close(self) -> None:
-        """All are gone afterwards."""
-        for clerk in self._at_work.values():
-            clerk.communicate(timeout=60)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +81,10 @@ class World:
         """An nbgrader command in the course directory."""
         return self.clerks.nbgrader(self.campus.instructors[who], *arguments, cwd=self.tree.root, env=self.tree.env())
 
+    def aalto(self, *arguments: str, who: int = 0) -> Done:
+        """An nbgrader-aalto command of an instructor's in the course directory."""
+        return self.clerks.aalto(self.campus.instructors[who], *arguments, cwd=self.tree.root, env=self.tree.env())
+
     def collect(self, assignment: str, *options: str, who: int = 0) -> str:
         """Collect; returns what was said."""
         done = self.as_instructor("collect", assignment, *options, who=who)
@@ -185,6 +114,36 @@ class World:
         assert done.code == 0, done.log
 
 
+BY_HAND = """
+import os, sys
+os.umask(0o007)
+inbound, name, notebook = sys.argv[1:4]
+path = os.path.join(inbound, name)
+os.mkdir(path)
+open(os.path.join(path, "p1.ipynb"), "w").write(notebook)
+"""
+"""A submission made without nbgrader; what a test adds follows in `path`."""
+
+
+def by_hand(world: World, who: Member, assignment: str, more: str = "", *, user: str = "", time: str = "") -> Path:
+    """A submission as a clever student makes it; `time` is a claim."""
+    name = f"{user or who.name}+{assignment}+{time or now()}+abcdefghijkl"
+    done = who.python(BY_HAND + more, world.inbound, name, NOTEBOOK)
+    assert done.code == 0, done.log
+    return world.inbound / name
+
+
+def now(**delta: float) -> str:
+    return (datetime.now(UTC) + timedelta(**delta)).strftime("%Y-%m-%d %H:%M:%S.%f UTC")
+
+
+def set_due_date(world: World, assignment: str, moment: datetime) -> None:
+    """In the gradebook, by an instructor."""
+    due = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f UTC")
+    done = world.as_instructor("db", "assignment", "add", assignment, f"--duedate={due}")
+    assert done.code == 0, done.log
+
+
 def give(path: Path, who: Member) -> None:
     """Make everything below the path a person's own."""
     for directory, _, names in os.walk(path):
@@ -199,7 +158,7 @@ def modes(path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def world(campus: Campus, request: pytest.FixtureRequest) -> Iterator[World]:
+def world(campus: Campus, clerks: Clerks, request: pytest.FixtureRequest) -> Iterator[World]:
     """One course for the tests of a module; each test has assignments of its own."""
     name = "k" + request.module.__name__.rpartition("_")[2][:8]
     tree = campus.course(name)
@@ -210,11 +169,9 @@ def world(campus: Campus, request: pytest.FixtureRequest) -> Iterator[World]:
         str(exchange),
     )
     assert made.code == 0, made.log
-    clerks = Clerks()
     made_world = World(campus, tree, clerks)
     try:
         yield made_world
     finally:
-        clerks.close()
         for student in campus.students:
             shutil.rmtree(made_world.notebooks(student), ignore_errors=True)
