@@ -4,6 +4,7 @@ One thread. It holds nothing that is not in the database but the futures of what
 killed at any moment: leases of a dead service end by themselves, and its jobs run again.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from grader_service import worker
 from grader_service.bundles import Bundles
+from grader_service.engines import WorkerDied
 from grader_service.housekeeping import tidy
 from grader_service.jobs import Claimed, JobStore
 from grader_service.settings import CourseSettings, Settings
@@ -72,10 +74,10 @@ class Dispatcher:
         for _, future in list(self._held.values()):
             if not future.done():
                 _wait(future, max(0.0, deadline - time.monotonic()))
-        left = [claimed for claimed, future in self._held.values() if not future.done()]
         self._engine.shutdown(wait=True, cancel_futures=True)
-        for claimed in left:
-            self._store.release(claimed.job.id, claimed.lease, "the service was stopped", max_attempts=0)
+        for claimed, _ in self._held.values():  # of what has ended, nothing is released
+            with contextlib.suppress(SQLAlchemyError):  # then its lease ends by itself
+                self._store.release(claimed.job.id, claimed.lease, "the service was stopped", max_attempts=0)
         self._held.clear()
 
     @property
@@ -98,8 +100,8 @@ class Dispatcher:
                 log.warning("database_unavailable", error=type(error).__name__)
                 self._stopping.wait(_BACK_OFF_SECONDS)
                 continue
-            except OSError as error:  # a full disk, no processes or descriptors left: leases are kept, and we try again
-                log.error("cannot_start_jobs", error=type(error).__name__, errno=error.errno)
+            except Exception as error:  # noqa: BLE001  # a full disk, no descriptors, a fault of ours: the others go on
+                log.error("cannot_start_jobs", error=type(error).__name__, errno=getattr(error, "errno", None))
                 self._stopping.wait(_BACK_OFF_SECONDS)
                 continue
             self._wake.wait(_POLL_SECONDS)
@@ -143,7 +145,7 @@ class Dispatcher:
             if not future.done():
                 continue
             error = future.exception()
-            if error is not None and (state := self._give_back(claimed, str(error))) is not None:
+            if error is not None and (state := self._give_back(claimed, _words(error))) is not None:
                 log.warning("job_attempt_failed", job=job_id, error=type(error).__name__, now=state)
             tidy(self._store, self._bundles, job_id)
             del self._held[job_id]
@@ -161,6 +163,11 @@ class Dispatcher:
                 log.warning("job_lease_ended", job=job_id)
                 self._changed(job_id)
             self._next_renewal = now + self._settings.lease_seconds / 3
+
+
+def _words(error: BaseException) -> str:
+    """For the job's reason: what an exception says may quote a notebook or a path."""
+    return str(error) if isinstance(error, WorkerDied) else f"the worker failed ({str(error).partition(':')[0][:100]})"
 
 
 def _wait(future: "Future[Any]", seconds: float) -> None:

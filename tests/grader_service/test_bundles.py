@@ -13,6 +13,8 @@ from attacks.harness import eventually
 from grader_service.bundles import Bundles, is_job_id
 
 LEASE = "0123456789abcdef"
+KNOWN = "0b8ba1de-9d1c-4c2a-9f0c-3f0c1f7c1d11"
+"""A name that is one, for tests that change it; names of tests are the same in every worker."""
 
 
 @pytest.fixture
@@ -153,9 +155,7 @@ def test_of_two_who_remove_one_does(bundles: Bundles) -> None:
 
 
 @pytest.mark.threat(94)
-@pytest.mark.parametrize(
-    "name", ["", "..", "../x", "a/b", "/etc", str(uuid.uuid4()).upper(), f"{uuid.uuid4()}\n", "٣" * 36]
-)
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/etc", KNOWN.upper(), f"{KNOWN}\n", "٣" * 36])
 def test_no_other_text_is_the_name_of_a_directory(bundles: Bundles, name: str) -> None:
     assert not is_job_id(name)
     for call in (bundles.remove, bundles.bundle):
