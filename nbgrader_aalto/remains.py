@@ -69,7 +69,7 @@ class Remains:
             status = os.lstat(self.path)
         except OSError:
             return False
-        return self.kind is not Kind.NEW or not 0 <= time.time() - status.st_mtime < RECENT_SECONDS
+        return self.kind is not Kind.NEW or abs(time.time() - status.st_mtime) >= RECENT_SECONDS
 
     def finding(self) -> Finding:
         """What it is, in words, and who runs what."""

@@ -251,14 +251,17 @@ def digest_of(entries: Sequence[FileEntry]) -> str:
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def write_file(name: str | Path, content: bytes, *, dir_fd: int | None = None, mode: int | None = None) -> None:
-    """A new file with this content, synced; never through a link, never over something. Raises `OSError`."""
+def write_file(
+    name: str | Path, content: bytes, *, dir_fd: int | None = None, mode: int | None = None, sync: bool = True
+) -> None:
+    """A new file with this content, on the disk; never through a link, never over something. Raises `OSError`."""
     descriptor = os.open(name, _NEW_FILE, 0o666 if mode is None else mode, dir_fd=dir_fd)
     try:
         if mode is not None:
             os.fchmod(descriptor, mode)
         _write(descriptor, content)
-        os.fsync(descriptor)
+        if sync:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -269,7 +269,8 @@ class ExchangeList(AaltoExchange, default.ExchangeList):
                 describe = self.format_inbound_assignment if "student_id" in info else self.format_outbound_assignment
                 self.log.info(describe(info))
         found = [one.path for one in self.found if one.notebooks is None]
-        with contextlib.nullcontext() if self.cached else self.locked("removing assignments"):
+        at_work = not self.cached and self.is_member()  # a student has no place for locks
+        with self.locked("removing assignments") if at_work else contextlib.nullcontext():
             for path in found:
                 try:
                     left = self._remove(path)

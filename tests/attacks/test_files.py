@@ -573,6 +573,8 @@ def test_the_whole_file_system_cannot_be_shown(attacker: Attacker) -> None:
 
 @pytest.mark.threat(22, 31)
 def test_nothing_is_left_in_temporary_directories(attacker: Attacker) -> None:
-    assert attacker.run("open('/tmp/left', 'w').write('x' * 99); os.makedirs('/tmp/a/b'); say(x=1)").said == {"x": 1}
+    file, directory = (f"left-{secrets.token_hex(8)}" for _ in range(2))
+    code = f"open('/tmp/{file}', 'w').write('x' * 99); os.makedirs('/tmp/{directory}/b'); say(x=1)"
+    assert attacker.run(code).said == {"x": 1}
     assert os.listdir(attacker.temporary) == []
-    assert not [name for name in os.listdir("/tmp") if name in {"left", "a"}]
+    assert not {file, directory} & set(os.listdir("/tmp"))

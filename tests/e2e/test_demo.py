@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Run:
                 seen.update(descendants(process.pid))
                 return process.poll() is not None
 
-            assert eventually(ended, 400, 0.5), log.read_text(errors="replace")[-3000:]
+            assert eventually(ended, 1200, 0.5), log.read_text(errors="replace")[-3000:]
         finally:
             process.kill()
             process.wait()

@@ -1,7 +1,7 @@
 """`kill -9` at random moments, of the service, of workers, of PostgreSQL: each job ends exactly once, none is lost.
 
 Row 95 of the threat catalogue. What runs in a job's place is `short`, except in the last test. The seed is fixed; the
-moments are not, since the machine's are not. `benchmarks/service.py --kill` does it at length.
+moments are not, since the machine's are not. `benchmarks/service.py kill --kill-minutes 60` does it at length.
 """
 
 import contextlib

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from worlds import NOTEBOOK, World, give
+from worlds import NOTEBOOK, World, give, modes
 
 
 def entry(world: World, assignment: str) -> str:
@@ -66,6 +66,21 @@ def test_modules_beside_the_notebook_are_no_part_of_python(world: World) -> None
         (cwd / name).write_text(traps[name])
     give(cwd, student)
     assert world.as_student(student, "submit", assignment).code == 0
+
+
+def test_in_a_container_that_forbids_unshare(world: World) -> None:
+    """As Docker's seccomp profile does: then a process of its own makes the copy."""
+    assignment, student = world.release(), world.campus.students[0]
+    forbidden = (
+        "import errno, pyseccomp; f = pyseccomp.SyscallFilter(pyseccomp.ALLOW); "
+        "f.add_rule(pyseccomp.ERRNO(errno.EPERM), 'unshare'); f.load()"
+    )
+    cwd = world.work(student, assignment, {"sub/data.txt": "1"})
+    done = world.clerks.nbgrader(student, "submit", assignment, cwd=cwd, env=world.tree.env(), first=forbidden)
+    assert done.code == 0, done.log
+    found = modes(world.inbound / entry(world, assignment))
+    assert found == {".": "2770", "p1.ipynb": "660", "timestamp.txt": "660", "sub": "2770", "sub/data.txt": "660"}
+    assert f"Collecting submission: {student.name}" in world.collect(assignment)
 
 
 def test_the_student_keeps_a_record_with_a_receipt(world: World) -> None:
