@@ -167,23 +167,23 @@ def burst(campus: Campus, students: list[Member], each: int, plugin: bool, kilob
     place = course(campus, plugin)
     instructor = campus.instructors[0]
     pipes: dict[str, Any] = {"env": place.env, "stdin": subprocess.PIPE, "stderr": None}
-    workers = []
-    for student in students:
-        work = _homework(student, kilobytes)
-        command = [student.interpreter, "-P", "-c", SUBMIT, ASSIGNMENT, WARMING_UP, str(each)]
-        workers.append(student.start(*command, cwd=work, **pipes))
-    command = [instructor.interpreter, "-P", "-c", COLLECT, ASSIGNMENT]
-    collector = instructor.start(*command, cwd=place.root, umask=0o007, **pipes)
-    for process in (*workers, collector):
-        _line(process)
-    for process in (collector, *workers):
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    times = [span for worker in workers for span in json.loads(_line(worker))]
-    collects, errors = json.loads(collector.communicate("\n")[0])
-    for worker in workers:
-        worker.communicate()
+    with contextlib.ExitStack() as ends:
+        workers = []
+        for student in students:
+            command = [student.interpreter, "-P", "-c", SUBMIT, ASSIGNMENT, WARMING_UP, str(each)]
+            workers.append(student.start(*command, cwd=_homework(student, kilobytes), **pipes))
+            ends.callback(_end, workers[-1])
+        command = [instructor.interpreter, "-P", "-c", COLLECT, ASSIGNMENT]
+        collector = instructor.start(*command, cwd=place.root, umask=0o007, **pipes)
+        ends.callback(_end, collector)
+        for process in (*workers, collector):
+            _line(process)
+        for process in (collector, *workers):
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        times = [span for worker in workers for span in json.loads(_line(worker))]
+        collects, errors = json.loads(collector.communicate("\n")[0])
     if errors:
         print(f"collecting failed: {errors[0]}", file=sys.stderr)
     latencies = [end - start for start, end in times]
@@ -199,6 +199,11 @@ def burst(campus: Campus, students: list[Member], each: int, plugin: bool, kilob
     }
     shutil.rmtree(place.root.parent)
     return result
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.communicate()  # a user whose process is a zombie cannot be removed
 
 
 def _line(process: "subprocess.Popen[str]") -> str:
