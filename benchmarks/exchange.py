@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from attacks.harness import Stage, eventually, processes
+from attacks.harness import Stage, eventually, lives, processes
 from campus import Campus, Member
 
 COURSE, ASSIGNMENT, WARMING_UP = "burst", "ps1", "warm-up"
@@ -132,7 +132,7 @@ def _student(name: str, campus: Campus) -> Member:
 
 
 def _killed(uid: int) -> list[int]:
-    found = processes(lambda pid: os.stat(f"/proc/{pid}").st_uid == uid)
+    found = processes(lambda pid: os.stat(f"/proc/{pid}").st_uid == uid and lives(pid))
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

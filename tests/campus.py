@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from attacks.harness import Stage, eventually, processes
+from attacks.harness import Stage, eventually, lives, processes
 from upstream import run as upstream
 
 PREPARED = "NBGRADER_AALTO_TEST_ENVIRONMENT"
@@ -315,7 +315,7 @@ class Campus:
 
 def _killed(uid: int) -> list[int]:
     """All processes of a user, who were sent SIGKILL."""
-    found = processes(lambda pid: os.stat(f"/proc/{pid}").st_uid == uid)
+    found = processes(lambda pid: os.stat(f"/proc/{pid}").st_uid == uid and lives(pid))
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

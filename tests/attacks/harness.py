@@ -448,6 +448,15 @@ def processes(wanted: Callable[[int], bool]) -> list[int]:
     return found
 
 
+def lives(pid: int) -> bool:
+    """A zombie does not: who adopted it reaps it when it comes to it. proc_pid_stat(5)"""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def marked(marker: str) -> list[int]:
     """Living processes whose command line or environment holds this word; zombies have neither."""
 

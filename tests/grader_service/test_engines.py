@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attacks.harness import eventually
+from attacks.harness import eventually, lives
 from grader_service.engines import LocalEngine, WorkerDied
 
 
@@ -36,14 +36,6 @@ def _sleep(path: str) -> None:
 
 def _die(path: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _lives(pid: int) -> bool:
-    """A zombie does not: who adopted it reaps it when it comes to it. proc_pid_stat(5)"""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def _pid(path: Path) -> int:
@@ -81,7 +73,7 @@ def test_shutdown_ends_what_runs(tmp_path: Path) -> None:
     engine.shutdown(cancel_futures=True)
     with pytest.raises(WorkerDied):
         future.result(60)
-    assert not _lives(pid)
+    assert not lives(pid)
     with pytest.raises(RuntimeError, match="shut down"):
         engine.submit(_twice, 1)
 
@@ -100,4 +92,4 @@ def test_workers_die_with_a_service_that_is_killed(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    assert eventually(lambda: not _lives(pid), 60)
+    assert eventually(lambda: not lives(pid), 60)
