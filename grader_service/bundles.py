@@ -57,9 +57,6 @@ class Bundles:
         files = directory / "files"
         return directory / "notebook", files if files.exists() else None
 
-    def bundle_bytes(self, job_id: str) -> int:
-        return sum(path.stat().st_size for path in self.bundle(job_id) if path is not None)
-
     def progress(self, job_id: str, lease: str) -> Path:
         """Where one attempt tells how far it is."""
         return self._directory(job_id) / f"progress-{_checked(_LEASE, lease)}"

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -49,10 +48,6 @@ class Dispatcher:
         self._next_renewal = 0.0
         self.healthy_at = time.monotonic()
 
-    @property
-    def settings(self) -> Settings:
-        return self._settings
-
     def reload(self, settings: Settings) -> None:
         """Other courses and limits from the next start on; what runs, runs on under those that it began with."""
         self._settings = settings
@@ -65,15 +60,11 @@ class Dispatcher:
         """There may be something to start."""
         self._wake.set()
 
-    def stop(self, grace_seconds: float = 0.0) -> None:
-        """Start nothing more, wait for what runs this long, then put it back into the queue."""
+    def stop(self) -> None:
+        """Start nothing more, and put what runs back into the queue."""
         self._stopping.set()
         self.wake()
         self._thread.join()
-        deadline = time.monotonic() + grace_seconds
-        for _, future in list(self._held.values()):
-            if not future.done():
-                _wait(future, max(0.0, deadline - time.monotonic()))
         self._engine.shutdown(wait=True, cancel_futures=True)
         for claimed, _ in self._held.values():  # of what has ended, nothing is released
             with contextlib.suppress(SQLAlchemyError):  # then its lease ends by itself
@@ -168,9 +159,3 @@ class Dispatcher:
 def _words(error: BaseException) -> str:
     """For the job's reason: what an exception says may quote a notebook or a path."""
     return str(error) if isinstance(error, WorkerDied) else f"the worker failed ({str(error).partition(':')[0][:100]})"
-
-
-def _wait(future: "Future[Any]", seconds: float) -> None:
-    done = threading.Event()
-    future.add_done_callback(lambda _: done.set())
-    done.wait(seconds)

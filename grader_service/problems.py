@@ -84,9 +84,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return ProblemError(
-            422, "invalid", "The request is not valid.", errors=tuple(places(error.errors()))
-        ).response()
+        return ProblemError(422, "invalid", "The request is not valid.", errors=places(error.errors())).response()
 
     async def database(_: Request, error: Exception) -> Response:
         detail = "The database does not answer; nothing was changed, or it was changed as a whole. Try again."
@@ -117,9 +115,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
 
 
-def places(errors: Any) -> list[str]:
+def places(errors: Any) -> tuple[str, ...]:
     """Pydantic's errors as `place: what is wrong`, without the values: they may be a student's."""
-    return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}"[:300] for error in list(errors)[:_MOST_ERRORS]]
+    return tuple(f"{'.'.join(map(str, error['loc']))}: {error['msg']}"[:300] for error in list(errors)[:_MOST_ERRORS])
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -62,22 +62,15 @@ async def identity_of(
 
 async def _grader_of(request: Request, identity: Identity, course: str) -> None:
     """Raises 403, in the same words for a course that does not exist."""
-    if not await _may_grade(service_of(request), identity, course):
+    if not await service_of(request).authenticator.may_grade(identity, course):
         raise ProblemError(403, "course", "There is no such course, or you may not grade it.")
-
-
-async def _may_grade(service: Service, identity: Identity, course: str) -> bool:
-    try:
-        return await service.authenticator.may_grade(identity, course)
-    except HubUnavailable as error:
-        raise ProblemError(503, "hub", str(error), headers={"Retry-After": "10"}) from None
 
 
 async def job_of(request: Request, job_id: str, identity: Annotated[Identity, Depends(identity_of)]) -> Job:
     """The job of this id, if the caller may grade its course. Raises 404 otherwise."""
     service = service_of(request)
     job = await to_thread.run_sync(service.store.get, job_id) if is_job_id(job_id) else None
-    if job is None or not await _may_grade(service, identity, job.course):
+    if job is None or not await service.authenticator.may_grade(identity, job.course):
         raise not_found()
     return job
 
@@ -91,17 +84,13 @@ Filter = Annotated[str | None, Query(max_length=255, pattern=r"^[^\x00]*$")]
 @router.get("/courses", summary="The courses that you may grade")
 async def courses(request: Request, identity: Caller) -> list[CourseView]:
     service = service_of(request)
-    try:
-        names = await service.authenticator.courses_of(identity)
-    except HubUnavailable as error:
-        raise ProblemError(503, "hub", str(error), headers={"Retry-After": "10"}) from None
     return [
         CourseView(
             name=name,
             limits=dataclasses.asdict(service.settings.courses[name].default_limits),
             maximum=dataclasses.asdict(service.settings.courses[name].maximum_limits),
         )
-        for name in sorted(names)
+        for name in await service.authenticator.courses_of(identity)
     ]
 
 
@@ -157,8 +146,8 @@ async def submit(
 
         def admit() -> tuple[Job, bool]:
             asked = _read_submission((received / multipart.JOB).read_bytes())
-            new = _new_job(table, identity, course, asked, digest, idempotency_key)
-            new = dataclasses.replace(new, bundle_bytes=sum(path.stat().st_size for path in received.iterdir()))
+            size = sum(path.stat().st_size for path in received.iterdir())
+            new = _new_job(table, identity, course, asked, digest, size, idempotency_key)
             service.bundles.admit(received, new.id)
             quota = table.daily_quota
             try:
@@ -203,13 +192,11 @@ def _read_submission(data: bytes) -> Submission:
     try:
         return Submission.model_validate_json(data)
     except ValidationError as error:
-        raise ProblemError(
-            422, "invalid", "The part 'job' is not valid.", errors=tuple(places(error.errors()))
-        ) from None
+        raise ProblemError(422, "invalid", "The part 'job' is not valid.", errors=places(error.errors())) from None
 
 
 def _new_job(
-    table: CourseSettings, identity: Identity, course: str, asked: Submission, digest: str, key: str | None
+    table: CourseSettings, identity: Identity, course: str, asked: Submission, digest: str, size: int, key: str | None
 ) -> NewJob:
     limits = policies.limits_of(table, policies.Asked(asked.kernel, asked.limits))
     return NewJob(
@@ -224,7 +211,7 @@ def _new_job(
         digest=digest,
         asked=asked.model_dump(mode="json", exclude_unset=True),
         memory_bytes=limits.memory_bytes + driver_limits(limits).memory_bytes,
-        bundle_bytes=0,  # counted when it is complete
+        bundle_bytes=size,
         retention_seconds=table.retention,
     )
 

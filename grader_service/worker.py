@@ -8,13 +8,15 @@ nobody: it ends at once, and its sandboxes with it. Nothing is told back but by 
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import nbformat
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,13 +28,11 @@ from grader_service.jobs import JobStore
 from grader_service.progress import ProgressWriter
 from grader_service.schemas import State, Submission
 from grader_service.settings import CourseSettings
-from isolate.notebook import Execution, Settings, execute
-from isolate.policy import SandboxError
+from isolate.notebook import Execution, Settings, execute, to_bytes
+from isolate.policy import LASTING, SandboxError
 
 LOST_LEASE_CODE = 75
 """Exit code of a worker whose job is somebody else's by now, after EX_TEMPFAIL in sysexits.h."""
-LASTING = frozenset({"policy", "environment", "kernel", "seccomp", "landlock", "user namespace"})
-"""Layers of a `SandboxError` that are missing the second time, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run(task: Task) -> None:
         except policies.Refused as error:
             _end(store, task, "failed", str(error), result=False)
         except SandboxError as error:
-            if error.layer in LASTING:
+            if error.layer in LASTING | {"kernel"}:
                 _end(store, task, "failed", str(error), result=False)
             else:
                 reason = str(error)
@@ -117,20 +117,17 @@ def _variables(asked: Submission, course: CourseSettings) -> dict[str, str]:
     return {name: value for name, value in asked.environment.items() if name not in course.environment_variables}
 
 
-def _write(directory: Path, execution: Execution, keep: Any) -> None:
-    # In ASCII: a student may write half a surrogate pair, which no UTF-8 has.
-    _put(directory / NOTEBOOK, nbformat.writes(execution.notebook, ensure_ascii=True).encode())
-    _put(directory / REPORT, json.dumps(execution.report.as_dict()).encode())
+def _write(directory: Path, execution: Execution, keep: IO[bytes] | None) -> None:
+    _put(directory / NOTEBOOK, io.BytesIO(to_bytes(execution.notebook)))
+    _put(directory / REPORT, io.BytesIO(json.dumps(execution.report.as_dict()).encode()))
     if keep is not None and keep.seek(0, os.SEEK_END):
         keep.seek(0)
-        with open(os.open(directory / KEPT, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            while chunk := keep.read(1 << 20):
-                file.write(chunk)
+        _put(directory / KEPT, keep)
 
 
-def _put(path: Path, data: bytes) -> None:
+def _put(path: Path, data: IO[bytes]) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(data)
+        shutil.copyfileobj(data, file)
 
 
 def _end(store: JobStore, task: Task, state: State, reason: str, *, result: bool) -> None:

@@ -13,6 +13,7 @@ Standard input: the job (see `isolate.notebook`).
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import queue
@@ -46,6 +47,7 @@ ODD_MESSAGE = (
 )
 """What a message that breaks the protocol's rules can raise in jupyter_client, nbclient and nbformat."""
 _MAX_INTERRUPTS = 3
+_MAX_LAST_WORDS = 10_000
 _RESERVE_BYTES = 512 * 1024
 
 
@@ -257,9 +259,15 @@ class Driver:
         """The supervisor says that the kernel has ended: what it still sent is read, then its cell ends."""
         os.read(self._words, 64)
         asyncio.get_running_loop().remove_reader(self._words)
-        asyncio.get_running_loop().call_later(0.1, self._bury)
+        self._burial = asyncio.ensure_future(self._bury())
 
-    def _bury(self) -> None:
+    async def _bury(self) -> None:
+        """On a busy machine messages come late: the kernel is dead when a tenth of a second brought none."""
+        with contextlib.suppress(zmq.ZMQError):
+            for _ in range(_MAX_LAST_WORDS):
+                if not await self.client.iopub_channel.socket.poll(100):
+                    break
+                await asyncio.sleep(0)
         self.client.alive = False
         task = self.runner.task_poll_for_reply
         if task is not None:

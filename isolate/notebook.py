@@ -148,6 +148,12 @@ def execute(
     return job.finish(outcome)
 
 
+def to_bytes(notebook: NotebookNode) -> bytes:
+    """The notebook's JSON, in ASCII: a student may write half a surrogate pair, which no UTF-8 has."""
+    text: str = nbformat.writes(notebook, ensure_ascii=True)
+    return text.encode()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """What was asked for, and how the answer becomes a notebook again."""
@@ -320,4 +326,4 @@ def _explain_cell(
     return [outputs.error(*text)]
 
 
-__all__ = ["Ended", "Execution", "ExecutionReport", "Kernel", "Settings", "execute"]
+__all__ = ["Ended", "Execution", "ExecutionReport", "Kernel", "Settings", "execute", "to_bytes"]

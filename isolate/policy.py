@@ -55,6 +55,10 @@ class SandboxError(Exception):
         super().__init__(f"{layer}: {cause}" + (f" ({remedy})" if remedy else ""))
 
 
+LASTING = frozenset({"policy", "environment", "seccomp", "landlock", "user namespace"})
+"""Layers of a `SandboxError` that are missing the second time, too."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
     """Upper bounds for one sandbox, all its processes together unless it says otherwise."""

@@ -26,7 +26,7 @@ from isolate.environment import environment_policy, find_executable, home_files
 from isolate.files import pack
 from isolate.notebook import Execution, ExecutionReport, Kernel, Settings, execute
 from isolate.outputs import error
-from isolate.policy import TIERS, Bind, Limits, Policy, SandboxError, parse_size
+from isolate.policy import LASTING, TIERS, Bind, Limits, Policy, SandboxError, parse_size
 from nbgrader_aalto.shared import is_shared
 from nbgrader_aalto.written import WRITTEN_SUFFIX, keep_written
 
@@ -204,7 +204,7 @@ class IsolatedExecute(Execute):
         try:
             return self._execute(nb, where, directory)
         except SandboxError as error:
-            if error.layer in _LASTING:
+            if error.layer in LASTING | {"service"}:  # a service has tried again by itself
                 raise
             self.log.warning(
                 "Trying notebook '%s' of student '%s' once more: %s",
@@ -451,9 +451,6 @@ class IsolatedExecute(Execute):
             if getattr(self, name, None) is not None:
                 self.log.warning("c.Execute.%s is not called: cells run in a sandbox", name)
 
-
-_LASTING = frozenset({"policy", "environment", "seccomp", "landlock", "user namespace", "service"})
-"""Layers that are missing the second time, too; a service has tried again by itself."""
 
 _LIMITS = {
     "memory": "memory_bytes",

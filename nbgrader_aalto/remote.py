@@ -19,7 +19,7 @@ from grader_service.client import GraderClient, ServiceError
 from grader_service.schemas import JobView, Submission
 from grader_service.token_file import TokenFileError, read_token_file
 from isolate import outputs
-from isolate.notebook import Execution, ExecutionReport
+from isolate.notebook import Execution, ExecutionReport, to_bytes
 from isolate.policy import SandboxError
 
 LAYER = "service"
@@ -66,7 +66,7 @@ def execute(
     except ValidationError as error:
         raise SandboxError("policy", f"the service takes no such job: {error}") from error
     try:
-        job = client.submit(course, submission, _bytes_of(notebook), files)
+        job = client.submit(course, submission, to_bytes(notebook), files)
         try:
             job = client.wait(job.id, progress=tell)
         except BaseException:
@@ -106,12 +106,6 @@ def _give_up(client: GraderClient, job_id: str) -> None:
         client.cancel(job_id, patience_seconds=_CANCEL_SECONDS)
     except ServiceError:
         return  # it runs to its end, and nobody fetches it
-
-
-def _bytes_of(notebook: NotebookNode) -> bytes:
-    """In ASCII: a student may write half a surrogate pair, which no UTF-8 has."""
-    text: str = nbformat.writes(notebook, ensure_ascii=True)
-    return text.encode()
 
 
 def _fetch_files(client: GraderClient, job_id: str, keep: IO[bytes]) -> None:

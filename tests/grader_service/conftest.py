@@ -1,6 +1,7 @@
 """Both databases for all tests of the service, and an engine on them."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from sqlalchemy import Engine
 from attacks.harness import Stage
 from grader_service.database import open_engine, upgrade
 from grader_service.jobs import JobStore
+from machines import make_machine, write_configuration
 from postgres import Postgres
 
 
@@ -71,3 +73,15 @@ def desk(engine: Engine) -> Desk:
     """A store in that database, with a clock that stands still."""
     clock = Clock()
     return Desk(JobStore(engine, clock), clock)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """The small machine that configurations are about."""
+    return make_machine(tmp_path)
+
+
+@pytest.fixture
+def write(host: Path) -> Callable[..., Path]:
+    """Write the configuration; `HOST` in it stands for the small machine's directory."""
+    return functools.partial(write_configuration, host)

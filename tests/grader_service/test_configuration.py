@@ -1,6 +1,5 @@
 """Every mistake in a configuration: refused, and said with its line, its key and the reason."""
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,20 +7,9 @@ from pathlib import Path
 import pytest
 
 from grader_service.settings import ConfigurationError, load
-from machines import COURSE, IMAGE_COURSE, SERVICE, make_machine, write_configuration
+from machines import COURSE, IMAGE_COURSE, SERVICE
 
 REFERENCE = (Path(__file__).parents[2] / "docs" / "service-configuration.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Path:
-    return make_machine(tmp_path)
-
-
-@pytest.fixture
-def write(host: Path) -> Callable[..., Path]:
-    """Write the file; `HOST` in it stands for the small machine's directory."""
-    return functools.partial(write_configuration, host)
 
 
 Write = Callable[..., Path]

@@ -1,6 +1,5 @@
 """The administrator's file: what it means, and a reference that is true."""
 
-import functools
 import pickle
 import re
 import tomllib
@@ -22,20 +21,9 @@ from grader_service.settings import (
     load,
 )
 from isolate.policy import GIB, MIB, Limits
-from machines import COURSE, SERVICE, make_machine, write_configuration
+from machines import COURSE, SERVICE
 
 REFERENCE = (Path(__file__).parents[2] / "docs" / "service-configuration.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Path:
-    return make_machine(tmp_path)
-
-
-@pytest.fixture
-def write(host: Path) -> Callable[..., Path]:
-    """Write the file; `HOST` in it stands for the small machine's directory."""
-    return functools.partial(write_configuration, host)
 
 
 Write = Callable[..., Path]

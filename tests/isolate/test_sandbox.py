@@ -27,8 +27,12 @@ PACKAGE = Path(sandbox_module.__file__).parents[1]
 Shell = Callable[..., object]
 
 
+_others: set[int] = set()
+"""Children that this process had before the test: servers of wider fixtures, with children that come and go."""
+
+
 def descendants() -> list[int]:
-    """The processes below this one that are not dead."""
+    """The processes below this one that are not dead, of this test."""
     parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -39,7 +43,7 @@ def descendants() -> list[int]:
     found, waiting = [], [os.getpid()]
     while waiting:
         parent = waiting.pop()
-        below = [pid for pid, its_parent in parents.items() if its_parent == parent]
+        below = [pid for pid, its_parent in parents.items() if its_parent == parent and pid not in _others]
         found += below
         waiting += below
     return found
@@ -52,6 +56,8 @@ def state() -> tuple[int, int, str]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> object:
+    _others.clear()
+    _others.update(descendants())
     before = state()
     yield
     assert state() == before
