@@ -29,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     table.configure(config)
     config.addinivalue_line("markers", "threat(*rows): rows of the threat catalogue that this test tries")
+    # A shell starts what is in the background with Ctrl-C ignored, and what we start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # the controller of pytest-xdist, or the only process
         for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C, so that what is on the stage goes
             signal.signal(number, signal.default_int_handler)
