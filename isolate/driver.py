@@ -48,6 +48,7 @@ ODD_MESSAGE = (
 """What a message that breaks the protocol's rules can raise in jupyter_client, nbclient and nbformat."""
 _MAX_INTERRUPTS = 3
 _MAX_LAST_WORDS = 10_000
+"""How often to look for messages of a dead kernel, which nobody may be reading any more."""
 _RESERVE_BYTES = 512 * 1024
 
 
@@ -259,7 +260,7 @@ class Driver:
         """The supervisor says that the kernel has ended: what it still sent is read, then its cell ends."""
         os.read(self._words, 64)
         asyncio.get_running_loop().remove_reader(self._words)
-        self._burial = asyncio.ensure_future(self._bury())
+        self._burial = asyncio.ensure_future(self._bury())  # the loop alone would not keep it
 
     async def _bury(self) -> None:
         """On a busy machine messages come late: the kernel is dead when a tenth of a second brought none."""

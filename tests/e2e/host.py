@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 _Process = tuple[int, str]
@@ -26,11 +26,11 @@ def processes() -> dict[_Process, _Process | None]:
     }
 
 
-def descendants(pid: int) -> set[_Process]:
-    """All living processes below this one, itself included."""
+def descendants(pid: int, besides: Set[_Process] = frozenset()) -> set[_Process]:
+    """All living processes below this one, itself included; without these others and what is below them."""
     everybody = processes()
     found = {process for process in everybody if process[0] == pid}
-    while new := {child for child, parent in everybody.items() if parent in found} - found:
+    while new := {child for child, parent in everybody.items() if parent in found} - found - besides:
         found |= new
     return found
 

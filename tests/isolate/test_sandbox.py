@@ -12,12 +12,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from e2e import host
 from isolate import sandbox as sandbox_module
 from isolate import uids
 from isolate.policy import HOME, MIB, WORK, Bind, Limits, Policy, SandboxError, system_policy
@@ -27,39 +28,23 @@ PACKAGE = Path(sandbox_module.__file__).parents[1]
 Shell = Callable[..., object]
 
 
-_others: set[int] = set()
-"""Children that this process had before the test: servers of wider fixtures, with children that come and go."""
-
-
-def descendants() -> list[int]:
-    """The processes below this one that are not dead, of this test."""
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                if fields[0] != "Z":
-                    parents[int(entry)] = int(fields[1])
-    found, waiting = [], [os.getpid()]
-    while waiting:
-        parent = waiting.pop()
-        below = [pid for pid, its_parent in parents.items() if its_parent == parent and pid not in _others]
-        found += below
-        waiting += below
-    return found
-
-
-def state() -> tuple[int, int, str]:
-    """What a sandbox could leave: descriptors, processes, mounts."""
-    return len(os.listdir("/proc/self/fd")), len(descendants()), Path("/proc/self/mountinfo").read_text()
-
-
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> object:
-    _others.clear()
-    _others.update(descendants())
+def new_processes() -> Iterator[Callable[[], list[int]]]:
+    """Living processes of this test, oldest first. When it ends there are none, and no mount or descriptor is new.
+
+    Servers of wider fixtures do not count: they have children that come and go.
+    """
+    older = host.descendants(os.getpid())
+
+    def new() -> list[int]:
+        found = host.descendants(os.getpid(), besides=older) - older
+        return [pid for pid, _ in sorted(found, key=lambda process: (int(process[1]), process[0]))]
+
+    def state() -> tuple[int, list[int], str]:
+        return len(os.listdir("/proc/self/fd")), new(), Path("/proc/self/mountinfo").read_text()
+
     before = state()
-    yield
+    yield new
     assert state() == before
 
 
@@ -617,13 +602,13 @@ class TestNothingIsLeft:
         script = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
         shell(f"exec python3 -c '{script}'", limits=Limits(wall_seconds=1, processes=40))
 
-    def test_when_a_killed_launcher_takes_all_with_it(self) -> None:
+    def test_when_a_killed_launcher_takes_all_with_it(self, new_processes: Callable[[], list[int]]) -> None:
         with Sandbox(system_policy(), Command(["sleep", "60"])) as sandbox:
-            launcher = next(pid for pid in descendants() if os.path.exists(f"/proc/{pid}"))
+            launcher = new_processes()[0]
             os.kill(launcher, signal.SIGKILL)
             with pytest.raises(SandboxError):
                 sandbox.wait(30)
-        wait_until(lambda: not descendants())
+        wait_until(lambda: not new_processes())
 
     def test_from_many_threads(self) -> None:
         def one(number: int) -> int | None:
@@ -656,7 +641,7 @@ class TestNothingIsLeft:
                     assert other.wait(30).exit_code == 0
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-    def test_when_the_supervisor_is_killed(self, number: int) -> None:
+    def test_when_the_supervisor_is_killed(self, number: int, new_processes: Callable[[], list[int]]) -> None:
         code = """
 import os
 from isolate.policy import system_policy
@@ -675,7 +660,7 @@ with Sandbox(system_policy(), Command(["sh", "-c", script])) as sandbox:
         with process:
             assert process.stdout
             assert process.stdout.readline() == "ready\n"
-            below = descendants()
+            below = new_processes()
             assert len(below) >= 8
             process.send_signal(number)
             # Its last holder is a process of the sandbox: the pipe ends when the last of them has gone.
