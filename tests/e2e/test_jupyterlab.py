@@ -195,7 +195,7 @@ def test_a_python_notebook(lab: Lab, kernel: str) -> None:
         assert notebook.run("!echo $HOME").strip() == "/home/student"
         cell = notebook.begin("print('begun', flush=True); import time; time.sleep(600)")
         assert notebook.ask("interrupt") == 204
-        assert notebook.hear(cell, "idle") == "KeyboardInterrupt"
+        assert notebook.hear(cell, "idle").strip() == "KeyboardInterrupt"  # IPython is sometimes short: "\nKeyboard..."
         notebook.run("x = 1")
         assert notebook.ask("restart") == 200
         assert notebook.run_after_restart("x") == "NameError"

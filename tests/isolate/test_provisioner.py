@@ -402,7 +402,7 @@ def test_interrupt(specs: Specs, mode: str) -> None:
     with started("py") as session:
         session.begin("print('begun', flush=True); import time; time.sleep(600)")
         session.manager.interrupt_kernel()
-        assert session.finish() == "KeyboardInterrupt"
+        assert session.finish().strip() == "KeyboardInterrupt"
         assert session.run("3") == "3"
 
 
