@@ -9,6 +9,8 @@ Standard library only. Nothing here returns to its caller: each function that fo
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -22,6 +24,7 @@ Plan = dict[str, Any]
 Trees = list[int | None]
 
 READ_ONLY = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+_TEMPLATE_BYTES = 64 << 20
 _WRITABLE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
 
 
@@ -128,8 +131,27 @@ def leave_launcher(plan: Plan, launcher_pid: int, death_signal: int) -> None:
         os._exit(1)
 
 
-def run_outer(plan: Plan, box: socket.socket, trees: Trees | None, launcher_pid: int) -> NoReturn:
-    """Drop to the sandbox's uid, unshare, map one id, fork PID 1 of the base and wait for it."""
+def map_range(pid: int, first: int, count: int) -> None:
+    """Let a user namespace's processes be these unprivileged users of the host, by the same numbers. Root only.
+
+    user_namespaces(7): who has CAP_SETUID in the parent namespace may map any of its ids.
+    """
+    for name in ("uid_map", "gid_map"):
+        room.write_file(f"/proc/{pid}/{name}", f"{first} {first} {count}")
+
+
+def run_outer(
+    plan: Plan,
+    box: socket.socket,
+    trees: Trees | None,
+    launcher_pid: int,
+    jobs: socket.socket | None,
+    launcher: socket.socket,
+) -> NoReturn:
+    """Drop to the sandbox's uid, unshare, map one id, fork PID 1 of the base and wait for it.
+
+    A template's base has a whole range of ids, since each of its rooms has one of its own: the launcher maps it.
+    """
     with room.report_failures(box):
         leave_launcher(plan, launcher_pid, signal.SIGKILL)
         uid, gid = os.getuid(), os.getgid()
@@ -138,17 +160,26 @@ def run_outer(plan: Plan, box: socket.socket, trees: Trees | None, launcher_pid:
         with step("namespaces", "unshare user, mount, pid, net, ipc, uts, cgroup"):
             syscalls.unshare(syscalls.ALL_NAMESPACES)
         with step("user namespace", "map one user and one group"):
-            room.write_id_maps(host_proc, uid, gid)
+            if plan["template"] and plan["template"]["ids"]:
+                launcher.send(b"map")
+                launcher.recv(16)
+                if os.getuid() != uid:
+                    raise room.BuildError("user namespace", "a range of users cannot be mapped here")
+            else:
+                room.write_id_maps(host_proc, uid, gid)
+        launcher.close()
         pid = os.fork()
         if pid == 0:
-            _run_init(plan, box, trees, host_proc)
+            _run_init(plan, box, trees, host_proc, jobs)
         os.close(host_proc)
         room.close_all_but(box.fileno())
         room.wait_and_exit(pid)
     os._exit(1)
 
 
-def _run_init(plan: Plan, box: socket.socket, trees: Trees | None, host_proc: int) -> NoReturn:
+def _run_init(
+    plan: Plan, box: socket.socket, trees: Trees | None, host_proc: int, jobs: socket.socket | None
+) -> NoReturn:
     """PID 1 of the base: lay the view, lock it by starting the room, wait for the room."""
     with room.report_failures(box):
         syscalls.set_parent_death_signal(signal.SIGKILL)
@@ -165,16 +196,55 @@ def _run_init(plan: Plan, box: socket.socket, trees: Trees | None, host_proc: in
         _lay_devices(trees[len(plan["mounts"]) :])
         _lay_mounts(plan, trees)
         _lay_files(plan)
+        if jobs is not None:
+            _make_template_places(plan)
         with step("read-only view", "make the root read-only"):
             syscalls.mount_setattr("/", READ_ONLY)
         layers.append("read-only view, locked")
         pid = os.fork()
         if pid == 0:
+            if jobs is not None:
+                _execute_template(plan, box, host_proc, jobs, layers)
             room.run_outer(plan, box, host_proc, layers)
         os.close(host_proc)
         room.close_all_but(box.fileno())
         room.wait_and_exit(pid)
     os._exit(1)
+
+
+def _make_template_places(plan: Plan) -> None:
+    """What is imported may want a HOME and a place for temporary files. Every room covers them with its own."""
+    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
+    covered = room.open_what_will_be_covered(plan)
+    with step("files", "mount writable places for the template"):
+        for place in ("/tmp", "/home/student", "/dev/shm"):
+            syscalls.mount("tmpfs", place, "tmpfs", flags, f"size={_TEMPLATE_BYTES},nr_inodes=4096,mode=755")
+    room.show_again(covered)
+    for path, text in plan["template"]["files"].items():
+        with step("files", f"write {path}"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            room.write_file(path, text)
+
+
+def _execute_template(plan: Plan, box: socket.socket, host_proc: int, jobs: socket.socket, layers: list[str]) -> None:
+    """Become the interpreter that `isolate.template` describes."""
+    template = plan["template"]
+    state = {**template["state"], "layers": layers, "changes_uid": template["ids"] is not None}
+    with open(os.memfd_create("isolate-state"), "w+b") as file:
+        file.write(json.dumps(state).encode())
+        file.seek(0)
+        found = (template["source_fd"], file.fileno(), jobs.fileno(), host_proc, box.fileno())
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64) for descriptor in found]
+        for number, descriptor in enumerate(high, start=3):
+            os.dup2(descriptor, number)
+        room.close_all_but(*range(3, 3 + len(high)))
+        keep = (syscalls.CAP_SETGID, syscalls.CAP_SETUID) if state["changes_uid"] else ()
+        with step("capabilities", "keep what a change of user needs"):
+            syscalls.drop_bounding_capabilities(*keep)
+            syscalls.hold_capabilities(*keep, effective=True, across_exec=True)
+        syscalls.set_no_new_privs()
+        with step("template", f"start {state['argv'][0]}"):
+            os.execvpe(state["argv"][0], state["argv"], state["environment"])
 
 
 def _enter_empty_root(plan: Plan) -> bool:

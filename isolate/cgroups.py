@@ -114,10 +114,10 @@ class Group:
         if "pids" in self._directories:
             _write(f"{self._directories['pids']}/pids.max", limits["processes"] + _HELPERS)
 
-    def enter(self) -> None:
-        """Move the calling process in; its children follow. Raises `OSError`."""
+    def add(self, pid: int = 0) -> None:
+        """Move a process in, the calling one if not told otherwise; its children follow. Raises `OSError`."""
         for directory in dict.fromkeys(self._directories.values()):
-            _write(f"{directory}/cgroup.procs", 0)
+            _write(f"{directory}/cgroup.procs", pid)
 
     def sample(self) -> Usage:
         """Memory that is neither page cache nor helpers, processor time, and whether `memory` was reached.

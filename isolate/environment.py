@@ -277,23 +277,32 @@ _PYTHON_MODULE = re.compile(rf"-({_PYTHON_FLAGS}*)m(.*)")
 """python(1), "Command line": flags may be written together, and a value right behind its option."""
 
 
+def python_module(argv: Sequence[str]) -> tuple[list[str], str, list[str]] | None:
+    """`python [options] -m MODULE ...` in parts: python and its options, the module, its arguments; None for others."""
+    if not argv or not os.path.basename(argv[0]).startswith("python"):
+        return None
+    at = 1
+    while at < len(argv) and _PYTHON_OPTION.fullmatch(argv[at]):
+        at += 2 if argv[at][-1] in "XW" or argv[at].startswith("--") else 1
+    found = _PYTHON_MODULE.fullmatch(argv[at]) if at < len(argv) else None
+    if found is None or not (found[2] or at + 1 < len(argv)):
+        return None
+    module, rest = (found[2], at + 1) if found[2] else (argv[at + 1], at + 2)
+    return [*argv[:at], *([f"-{found[1]}"] if found[1] else [])], module, list(argv[rest:])
+
+
 def without_working_directory(argv: Sequence[str]) -> list[str]:
     """`python [options] -m ipykernel_launcher ...` such that the kernel is never imported from the work directory.
 
     `-m` looks there first, so that a student's ipykernel_launcher.py would be the kernel and its own examiner.
     IPython puts the directory back for the notebook. (Python's `-P` does this from 3.11 on only.)
     """
-    if not argv or not os.path.basename(argv[0]).startswith("python"):
+    parts = python_module(argv)
+    if parts is None:
         return list(argv)
-    at = 1
-    while at < len(argv) and _PYTHON_OPTION.fullmatch(argv[at]):
-        at += 2 if argv[at][-1] in "XW" or argv[at].startswith("--") else 1
-    found = _PYTHON_MODULE.fullmatch(argv[at]) if at < len(argv) else None
-    if found is None or not (found[2] or at + 1 < len(argv)):
-        return list(argv)
-    module, rest = (found[2], at + 1) if found[2] else (argv[at + 1], at + 2)
+    python, module, arguments = parts
     start = (
         "import sys; sys.path[:] = [entry for entry in sys.path if entry]; import runpy; "
         f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
-    return [*argv[:at], *([f"-{found[1]}"] if found[1] else []), "-c", start, *argv[rest:]]
+    return [*python, "-c", start, *arguments]

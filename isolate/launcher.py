@@ -20,9 +20,11 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
-from isolate import base, cgroups, confined, room, syscalls
+from isolate import base, cgroups, confined, forks, room, syscalls
+from isolate.forks import Started
 from isolate.room import BuildError, send_event, step
 from isolate.sampler import Sampler, as_user, children
 from isolate.sockets import SocketMemory
@@ -101,31 +103,26 @@ def _let_keeper_kill(pid: int) -> None:
             time.sleep(0.01)
 
 
-def _watch(pid: int, box: socket.socket, watch: Watch) -> str | None:
-    """Wait for the base to end; the name of the limit that was reached, or None."""
-    wakeup, wakeup_end = os.pipe()
-    os.set_blocking(wakeup_end, False)
-    signal.set_wakeup_fd(wakeup_end)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+def _watch(end: int, box: socket.socket, watch: Watch) -> str | None:
+    """Wait for the end of the process of this pidfd; the name of the limit that was reached, or None."""
     poll = select.poll()
-    poll.register(wakeup, select.POLLIN)
+    poll.register(end, select.POLLIN)
     poll.register(box, 0)  # messages are for the room's init; only the hang-up is for us
+    ended = False
     while True:
-        ended, _ = os.waitpid(pid, os.WNOHANG)
         before = time.monotonic()
         limit = watch.take()
-        if ended == pid:
+        if ended:
             return limit if limit == "memory" else None  # the kernel may have been first with the killing
         if limit:
             return limit
         # Sampling many processes costs: a tenth of our time, more only when so slow that limits would be missed.
         pause = max(_SAMPLE_SECONDS, min(10 * (time.monotonic() - before), _LONGEST_PAUSE_SECONDS))
         pause = min(pause, watch.seconds_left) + 0.001
-        for descriptor, event in poll.poll(pause * 1000):
-            if descriptor == wakeup:
-                os.read(wakeup, 512)
-            elif event & (select.POLLHUP | select.POLLERR):
-                return "owner"
+        events = dict(poll.poll(pause * 1000))
+        ended = end in events
+        if not ended and events:
+            return "owner"
 
 
 class Leftovers:
@@ -168,36 +165,47 @@ def _fork_sandbox(
     group: cgroups.Group | None,
     private: confined.PrivateDirectory | None,
     leftovers: Leftovers,
-    diagnostics: socket.socket,
-) -> tuple[int, bool]:
-    """Fork the first process of the sandbox. (its pid, whether it is in the group). Raises `BuildError`."""
+    diagnostics: socket.socket | None,
+    jobs: socket.socket | None = None,
+) -> Started:
+    """Fork the first process of a sandbox, or of a base with a template that hears `jobs`. Raises `BuildError`."""
     trees = base.open_trees_as_root(plan) if private is None else None
     launcher_pid = os.getpid()
-    answer, answer_end = os.pipe()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
-        os.close(answer)
+        ours.close()
         plan["counted"] = "limits in total: sampled"
-        plan["diagnostics_fd"] = diagnostics.fileno()
+        plan["diagnostics_fd"] = diagnostics.fileno() if diagnostics else None
         if group is not None:
             with contextlib.suppress(OSError):  # the group that we come from may be another user's
-                group.enter()
+                group.add()
                 plan["counted"], plan["diagnostics_fd"] = group.layer, None
-                os.write(answer_end, b"x")
-        os.close(answer_end)
+        theirs.send(b"counted" if plan["diagnostics_fd"] is None else b"sampled")
         if private is not None:  # this one keeps the lifeline: as long as it lives, the directory is needed
+            theirs.close()
             leave = functools.partial(base.leave_launcher, plan, launcher_pid)
             confined.run_outer(plan, box, private.path, leave)
         if leftovers.guard is not None:
             os.close(leftovers.lifeline)
-        base.run_outer(plan, box, trees, launcher_pid)
+        base.run_outer(plan, box, trees, launcher_pid, jobs, theirs)
+    theirs.close()
     for tree in trees or ():
         if tree is not None:
             os.close(tree)
-    os.close(answer_end)
-    counted = os.read(answer, 1) == b"x"
-    os.close(answer)
-    return pid, counted
+    with ours:
+        counted = ours.recv(16) == b"counted"
+        if plan["template"] and plan["template"]["ids"] and ours.recv(16) == b"map":
+            with contextlib.suppress(OSError):  # then it says what is missing
+                base.map_range(pid, *plan["template"]["ids"])
+            ours.send(b"mapped")
+
+    def end() -> None:
+        if private:
+            _let_keeper_kill(pid)
+        _kill_children(leftovers.guard)
+
+    return Started(pid, counted, 0 if private else 3, end)
 
 
 def _make_private(plan: Plan) -> confined.PrivateDirectory | None:
@@ -207,42 +215,46 @@ def _make_private(plan: Plan) -> confined.PrivateDirectory | None:
         return confined.PrivateDirectory.make(plan["private_parent"], plan["uid"], plan["limits"])
 
 
-def _run(plan: Plan, box: socket.socket) -> dict[str, Any]:
+class Things:
+    """What a sandbox has on the host while it runs: a control group, a private directory, their guard."""
+
+    def __init__(self, plan: Plan) -> None:
+        things: list[cgroups.Group | confined.PrivateDirectory] = []
+        try:
+            self.private = _make_private(plan)
+            things += [self.private] if self.private else []
+            self.group = cgroups.create(plan["limits"])
+            things[:0] = [self.group] if self.group else []
+            with step("limits", "start a guard"):
+                self.leftovers = Leftovers(things)
+        except BaseException:
+            for thing in things:
+                thing.remove()
+            raise
+
+    def close(self) -> None:
+        _kill_children(self.leftovers.guard)  # an error of ours must not leave a keeper, for whose end the guard waits
+        self.leftovers.close()
+
+
+def _run(plan: Plan, box: socket.socket, start: Callable[[Things, socket.socket], Started]) -> dict[str, Any]:
     """Build, watch, kill, clean up; what there is to say at the end. Raises `BuildError`."""
-    started = time.monotonic()
-    things: list[cgroups.Group | confined.PrivateDirectory] = []
-    try:
-        private = _make_private(plan)
-        things += [private] if private else []
-        group = cgroups.create(plan["limits"])
-        things[:0] = [group] if group else []
-        with step("limits", "start a guard"):
-            leftovers = Leftovers(things)
-    except BaseException:
-        for thing in things:
-            thing.remove()
-        raise
-    diagnostics, diagnostics_end = socket.socketpair()
-    try:
+    began = time.monotonic()
+    with contextlib.closing(Things(plan)) as things:
+        diagnostics, diagnostics_end = socket.socketpair()
         with diagnostics_end:
-            pid, counted = _fork_sandbox(plan, box, group, private, leftovers, diagnostics_end)
+            started = start(things, diagnostics_end)
         counter: cgroups.Group | Sampler
-        if group and counted:
-            counter = group
-        elif private:  # launcher -> keeper -> what we count; the sockets of the whole host are no help
-            counter = Sampler(pid, plan["limits"], helpers_below=0, sockets=None)
-        else:  # launcher -> outer -> base's init -> room's outer -> room's init -> what we count
-            counter = Sampler(pid, plan["limits"], helpers_below=3, sockets=SocketMemory(diagnostics))
-        watch = Watch(pid, counter, private, plan, started)
-        limit = _watch(pid, box, watch)
-        if private:
-            _let_keeper_kill(pid)
-        _kill_children(leftovers.guard)
+        if things.group and started.counted:
+            counter = things.group
+        else:  # the sockets of the whole host are no help to the landlock tier
+            sockets = None if things.private else SocketMemory(diagnostics)
+            counter = Sampler(started.pid, plan["limits"], started.helpers_below, sockets)
+        watch = Watch(started.pid, counter, things.private, plan, began)
+        limit = _watch(os.pidfd_open(started.pid), box, watch)
+        started.end()
         watch.count()
         killed_by_host = counter.killed_by_host()
-    finally:
-        _kill_children(leftovers.guard)  # an error of ours must not leave a keeper, for whose end the guard waits
-        leftovers.close()
     return {
         "limit": limit,
         "killed_by_host": killed_by_host,
@@ -252,8 +264,50 @@ def _run(plan: Plan, box: socket.socket) -> dict[str, Any]:
     }
 
 
+def _keep_template(plan: Plan, box: socket.socket) -> dict[str, Any]:
+    """Build a base with a template in it and run its jobs; nothing to say at the end. Raises `BuildError`."""
+    jobs, jobs_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.closing(Things(plan)) as things:
+        with jobs_end:
+            started = _fork_sandbox(plan, box, things.group, None, things.leftovers, None, jobs_end)
+
+        def run_job(request: forks.Request) -> None:
+            if things.leftovers.guard is not None:
+                os.close(things.leftovers.lifeline)
+            with socket.socket(fileno=request.descriptors["box"]) as its_box:
+                with open(request.descriptors["plan"], "rb", closefd=False) as file:
+                    its_plan = json.load(file)
+                _report(
+                    its_box,
+                    lambda: _run(
+                        its_plan,
+                        its_box,
+                        lambda its_things, diagnostics: forks.start_room(jobs, request, its_things.group, diagnostics),
+                    ),
+                )
+
+        def kill() -> None:
+            os.kill(started.pid, signal.SIGKILL)
+
+        forks.serve(os.pidfd_open(started.pid), box, run_job, kill, plan["template"]["idle_seconds"])
+    return {}
+
+
+def _report(box: socket.socket, run: Callable[[], dict[str, Any]]) -> int:
+    """Exit code 0 whenever the ending was reported."""
+    try:
+        end = run()
+    except BuildError as error:
+        with contextlib.suppress(OSError):
+            send_event(box, "failed", **error.as_dict())
+        return 1
+    with contextlib.suppress(OSError):  # the owner may be gone
+        send_event(box, "gone", **end)
+    return 0
+
+
 def main(box_fd: int, plan_fd: int) -> int:
-    """Run one sandbox from its plan to its end. Exit code 0 whenever the ending was reported."""
+    """Run one sandbox, or one template, from its plan to its end. Exit code 0 whenever the ending was reported."""
     box = socket.socket(fileno=box_fd)
     with open(plan_fd, "rb") as file:
         plan: Plan = json.load(file)
@@ -267,14 +321,13 @@ def main(box_fd: int, plan_fd: int) -> int:
         return 1
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    try:
-        end = _run(plan, box)
-    except BuildError as error:
-        send_event(box, "failed", **error.as_dict())
-        return 1
-    with contextlib.suppress(OSError):  # the owner may be gone
-        send_event(box, "gone", **end)
-    return 0
+    if plan["template"]:
+        return _report(box, lambda: _keep_template(plan, box))
+
+    def fork(things: Things, diagnostics: socket.socket) -> Started:
+        return _fork_sandbox(plan, box, things.group, things.private, things.leftovers, diagnostics)
+
+    return _report(box, lambda: _run(plan, box, fork))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from isolate import outputs
 from isolate.policy import Policy, Report, SandboxError
 from isolate.rooms import Kernel, Outcome, Progress, TwoRooms
 from isolate.sandbox import explain_limit
+from isolate.warm import Nursery
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,8 @@ class ExecutionReport:
     cpu_seconds: float
     memory_peak_bytes: int
     tier: str
+    start: str
+    """How the kernel was started: "warm", "cold", or "cold: " and why it was not warm."""
     layers: tuple[str, ...]
     gaps: tuple[str, ...]
     """What this tier does not stop."""
@@ -125,12 +128,14 @@ def execute(
     skip: Collection[int] = (),
     timeouts: Mapping[int, float | None] | None = None,
     progress: Progress | None = None,
+    warm: Nursery | None = None,
 ) -> Execution:
     """Execute every code cell of a notebook of format 4 and return a copy with its outputs.
 
     `files` is a tar archive for the work directory (`isolate.files.pack`, or an earlier `keep`); `keep`
     receives the work directory as the code left it, to be given to the next notebook and not to be parsed.
-    Cells in `skip` are not executed; `timeouts` overrides the cell timeout by index.
+    Cells in `skip` are not executed; `timeouts` overrides the cell timeout by index. With `warm`, both rooms are
+    forked from its templates where that is possible.
 
     What the code caused is in the outputs and the report. Raises `SandboxError` for what it did not: a layer
     that cannot be built, a kernel that does not start, a driver that fails, a host out of memory.
@@ -142,7 +147,7 @@ def execute(
             progress(index, state)
 
     try:
-        outcome = TwoRooms(kernel, policy, job.settings.startup_timeout, tell).run(job.for_driver(), files, keep)
+        outcome = TwoRooms(kernel, policy, job.settings.startup_timeout, tell, warm).run(job.for_driver(), files, keep)
     except OSError as error:  # a full disk, no descriptors left
         raise SandboxError("host", str(error)) from error
     return job.finish(outcome)
@@ -205,6 +210,7 @@ class _Job:
             cpu_seconds=kernel.cpu_seconds,
             memory_peak_bytes=kernel.memory_peak_bytes,
             tier=kernel.tier,
+            start=outcome.start,
             layers=kernel.layers,
             gaps=kernel.gaps,
         )
@@ -326,4 +332,4 @@ def _explain_cell(
     return [outputs.error(*text)]
 
 
-__all__ = ["Ended", "Execution", "ExecutionReport", "Kernel", "Settings", "execute", "to_bytes"]
+__all__ = ["Ended", "Execution", "ExecutionReport", "Kernel", "Nursery", "Settings", "execute", "to_bytes"]

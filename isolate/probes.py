@@ -343,7 +343,7 @@ def _limits_in_total(plan: Plan) -> str:
     if group is None:
         raise Wrong("sampled 20 times a second: no control group can be made here")
     try:
-        in_child(group.enter)
+        in_child(group.add)
     finally:
         group.remove()
     return group.layer.removeprefix("limits in total: ")

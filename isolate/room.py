@@ -118,32 +118,70 @@ def close_all_but(*keep: int) -> None:
     syscalls.close_range(first, 0x7FFFFFFF)
 
 
-def wait_and_exit(pid: int) -> NoReturn:
-    """Reap until `pid` ends, then end. Whatever else lives in a PID namespace dies with its init."""
+def wait_and_exit(pid: int, lifeline: socket.socket | None = None) -> NoReturn:
+    """Reap until `pid` ends, then end. Whatever else lives in a PID namespace dies with its init.
+
+    When the other end of the lifeline closes, it is killed.
+    """
+    if lifeline is not None:
+        poll = select.poll()
+        poll.register(lifeline, 0)
+        poll.register(end := os.pidfd_open(pid), select.POLLIN)
+        if end not in dict(poll.poll()):
+            os.kill(pid, signal.SIGKILL)
     while True:
         ended, _ = os.wait()
         if ended == pid:
             os._exit(0)
 
 
-def run_outer(plan: Plan, box: socket.socket, host_proc: int, layers: list[str]) -> NoReturn:
+Become = Callable[[Plan], NoReturn]
+"""How a forked process turns into the command: by execve(2), or as what it already is."""
+
+
+def execute(plan: Plan) -> NoReturn:
+    """The command of the plan as a program of its own. Exit code 127: not found, 126: cannot be executed (env(1))."""
+    try:
+        os.execvpe(plan["argv"][0], plan["argv"], plan["environment"])
+    except OSError as error:
+        os.write(2, f"isolate: {plan['argv'][0]}: {error.strerror}\n".encode())
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+def run_outer(
+    plan: Plan,
+    box: socket.socket,
+    host_proc: int,
+    layers: list[str],
+    become: Become = execute,
+    lifeline: socket.socket | None = None,
+) -> NoReturn:
     """Leave the base's namespaces for the room's and fork PID 1 of the room."""
     with report_failures(box):
         syscalls.set_parent_death_signal(signal.SIGKILL)
+        uid, gid = os.getuid(), os.getgid()
         with step("room", "unshare user, mount, pid, net, ipc, uts, cgroup"):
             syscalls.unshare(syscalls.ALL_NAMESPACES)
         with step("room", "map one user and one group"):
-            write_id_maps(host_proc, INSIDE_ID, INSIDE_ID)
+            write_id_maps(host_proc, uid, gid)
         os.close(host_proc)
         pid = os.fork()
         if pid == 0:
-            _run_init(plan, box, layers)
-        close_all_but(box.fileno())
-        wait_and_exit(pid)
+            _run_init(plan, box, layers, become)
+        _hide_command_line(become)
+        close_all_but(box.fileno(), *([lifeline.fileno()] if lifeline else []))
+        wait_and_exit(pid, lifeline)
     os._exit(1)
 
 
-def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
+def _hide_command_line(become: Become) -> None:
+    """Of a template's descendant, where it is the kernel's, which has been forked. Without /proc nobody reads it."""
+    if become is not execute:
+        with contextlib.suppress(OSError):
+            syscalls.overwrite_command_line(b"isolate")
+
+
+def _run_init(plan: Plan, box: socket.socket, layers: list[str], become: Become) -> NoReturn:
     """PID 1 of the room, from the first mount to the last reaped process."""
     with report_failures(box):
         syscalls.set_parent_death_signal(signal.SIGKILL)
@@ -169,7 +207,8 @@ def _run_init(plan: Plan, box: socket.socket, layers: list[str]) -> NoReturn:
             rules = _landlock_rules(plan)
             layers.append(f"Landlock ABI {landlock.abi()}")
         send_ready(box, [*layers, plan["counted"]], shared)
-        pid = start(plan, box, lambda: restrict(rules))
+        pid = start(plan, box, lambda: restrict(rules), become)
+        _hide_command_line(become)
         finish(plan, box, keep, reap_until_end(pid, box, kill_namespace))
     os._exit(0)
 
@@ -232,7 +271,7 @@ def _make_writable_places(plan: Plan) -> None:
     mount_proc("/proc")
     flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
     limits = plan["limits"]
-    covered = _open_what_will_be_covered(plan)
+    covered = open_what_will_be_covered(plan)
     with step("files", "mount the writable places"):
         options = f"size={limits['files_bytes']},nr_inodes={limits['files_count']},mode=755"
         syscalls.mount("tmpfs", "/tmp", "tmpfs", flags, options)
@@ -242,13 +281,7 @@ def _make_writable_places(plan: Plan) -> None:
             os.chmod(f"/tmp/{name}", mode)
             syscalls.mount(f"/tmp/{name}", target, None, syscalls.MS_BIND)
         os.makedirs(plan["work"], exist_ok=True)
-    for target, (tree, is_directory) in covered.items():
-        with step("read-only view", f"show {target} again"):
-            os.makedirs(target if is_directory else os.path.dirname(target), exist_ok=True)
-            if not is_directory:
-                write_file(target, "")
-            syscalls.move_mount(tree, target)
-            os.close(tree)
+    show_again(covered)
     with contextlib.suppress(OSError):  # without one, `!command` in IPython fails and says so
         syscalls.mount(
             "devpts",
@@ -259,7 +292,7 @@ def _make_writable_places(plan: Plan) -> None:
         )
 
 
-def _open_what_will_be_covered(plan: Plan) -> dict[str, tuple[int, bool]]:
+def open_what_will_be_covered(plan: Plan) -> dict[str, tuple[int, bool]]:
     """The parts of the view that lie below a writable place, say an environment below /tmp.
 
     A clone of a locked mount stays read-only: the flag is locked, not only the place.
@@ -270,6 +303,17 @@ def _open_what_will_be_covered(plan: Plan) -> dict[str, tuple[int, bool]]:
             if os.path.lexists(target):
                 found[target] = (syscalls.open_tree(target), os.path.isdir(target))
     return found
+
+
+def show_again(covered: dict[str, tuple[int, bool]]) -> None:
+    """What `open_what_will_be_covered` gave, at its place."""
+    for target, (tree, is_directory) in covered.items():
+        with step("read-only view", f"show {target} again"):
+            os.makedirs(target if is_directory else os.path.dirname(target), exist_ok=True)
+            if not is_directory:
+                write_file(target, "")
+            syscalls.move_mount(tree, target)
+            os.close(tree)
 
 
 def _share_sockets(plan: Plan) -> int:
@@ -365,8 +409,8 @@ def send_ready(box: socket.socket, layers: list[str], shared: int | None) -> Non
         os.close(shared)
 
 
-def start(plan: Plan, box: socket.socket, close_last_walls: Callable[[], None]) -> int:
-    """Fork and execute the command. Exit code 127: not found, 126: cannot be executed (as env(1))."""
+def start(plan: Plan, box: socket.socket, close_last_walls: Callable[[], None], become: Become = execute) -> int:
+    """Fork the command, which leaves this code for good. Exit code 126: it could not be started."""
     pid = os.fork()
     if pid:
         return pid
@@ -389,10 +433,7 @@ def start(plan: Plan, box: socket.socket, close_last_walls: Callable[[], None]) 
         close_all_but(*plan["pass_fds"])
         for descriptor in plan["pass_fds"]:
             os.set_inheritable(descriptor, True)
-        os.execvpe(plan["argv"][0], plan["argv"], plan["environment"])
-    except OSError as error:
-        os.write(2, f"isolate: {plan['argv'][0]}: {error.strerror}\n".encode())
-        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+        become(plan)
     finally:
         os._exit(126)
 

@@ -20,8 +20,10 @@ from isolate import driver, uids
 from isolate.environment import grader_paths, grader_policy, without_working_directory
 from isolate.policy import MIB, Limits, Policy, Report, SandboxError
 from isolate.sandbox import Command, Sandbox, last_words
+from isolate.warm import Nursery
 
 _SOCKETS = "/run/kernel"
+_CONNECTION_FILE = f"{_SOCKETS}/connection.json"
 _KEPT_STDERR_BYTES = 4096
 
 
@@ -44,6 +46,8 @@ class Outcome:
     kernel: Report
     driver: Report
     document: bytes | None
+    start: str
+    """How the kernel was started: "warm", "cold", or "cold: " and why it was not warm."""
 
 
 Progress = Callable[[int, str], None]
@@ -66,8 +70,12 @@ def driver_limits(limits: Limits) -> Limits:
 class TwoRooms:
     """One kernel room and one driver room, for one job. Use `run` once."""
 
-    def __init__(self, kernel: Kernel, policy: Policy, startup_timeout: float, progress: Progress) -> None:
+    def __init__(
+        self, kernel: Kernel, policy: Policy, startup_timeout: float, progress: Progress, warm: Nursery | None = None
+    ) -> None:
         self._kernel, self._startup_timeout, self._progress = kernel, startup_timeout, progress
+        self._warm = warm
+        self._start = "cold"
         self._policy = dataclasses.replace(policy, environment={**policy.environment, **kernel.environment})
         self._connection = {
             "transport": "ipc",
@@ -90,7 +98,11 @@ class TwoRooms:
             lease = stack.enter_context(uids.lease())  # one for both rooms, which share a directory of sockets
             errors, errors_end = _pipe(stack)
             command = self._kernel_command(files, keep, errors_end)
-            kernel = stack.enter_context(Sandbox(self._policy, command, lease=lease))
+            if self._warm is None:
+                kernel = stack.enter_context(Sandbox(self._policy, command, lease=lease))
+            else:
+                argv = self._with_connection_file(self._kernel.argv)
+                kernel, self._start = self._warm.start_kernel(stack, self._policy, command, lease, argv)
             os.close(errors_end)
             driver_report = self._drive(job, kernel, errors, lease)
             if not kernel.finished:
@@ -103,27 +115,28 @@ class TwoRooms:
             self._raise_not_started(kernel_report, driver_report)
         overwhelmed = driver_report.limit is not None or driver_report.exit_code == driver.OUT_OF_MEMORY_CODE
         if overwhelmed or len(self._document) > self._document_limit:
-            return Outcome(kernel_report, driver_report, None)
+            return Outcome(kernel_report, driver_report, None, self._start)
         if driver_report.ended != "exited" or driver_report.exit_code != 0:
             raise SandboxError("driver", driver_report.message or self._driver_words())
-        return Outcome(kernel_report, driver_report, bytes(self._document))
+        return Outcome(kernel_report, driver_report, bytes(self._document), self._start)
 
     def _kernel_command(self, files: IO[bytes] | None, keep: IO[bytes] | None, stderr: int) -> Command:
-        connection_file = f"{_SOCKETS}/connection.json"
         return Command(
-            without_working_directory(
-                [word.replace("{connection_file}", connection_file) for word in self._kernel.argv]
-            ),
+            without_working_directory(self._with_connection_file(self._kernel.argv)),
             archive=files,
             keep=keep,
             room_files={
-                connection_file: json.dumps({**self._connection, "ip": f"{_SOCKETS}/k"}),
+                _CONNECTION_FILE: json.dumps({**self._connection, "ip": f"{_SOCKETS}/k"}),
                 **self._kernel.home_files,
             },
             share_at=_SOCKETS,
             stdout=stderr,
             stderr=stderr,
         )
+
+    @staticmethod
+    def _with_connection_file(argv: Sequence[str]) -> list[str]:
+        return [word.replace("{connection_file}", _CONNECTION_FILE) for word in argv]
 
     def _drive(self, job: Mapping[str, Any], kernel: Sandbox, kernel_errors: int, lease: uids.Lease | None) -> Report:
         """Run the driver against this kernel until it ends; its report."""
@@ -151,7 +164,10 @@ class TwoRooms:
                 stderr=errors_end,
             )
             policy = dataclasses.replace(grader_policy(driver_limits(self._policy.limits)), tier=self._policy.tier)
-            sandbox = stack.enter_context(Sandbox(policy, command, lease=lease))
+            if self._warm is None:
+                sandbox = stack.enter_context(Sandbox(policy, command, lease=lease))
+            else:
+                sandbox, _ = self._warm.start_driver(stack, policy, command, lease)
             for descriptor in (result_end, progress_end, words_end, errors_end):
                 os.close(descriptor)
             self._listen(kernel, sandbox, {"kernel": kernel_errors, "driver": errors}, result, progress, words)

@@ -51,6 +51,10 @@ from isolate.policy import HOME, LANDLOCK_GAPS, WORK, Bind, Policy, Report, Sand
 _WRITABLE_PLACES = ("/tmp", HOME, "/dev/shm")
 _MAX_EVENT_BYTES = 65_536
 _LONGEST_PARENT = 44
+_ROOM_PLAN = """
+uid gid limits seccomp argv cwd work below_writable keep_bytes keep_files room_files share_at terminal tier template
+""".split()
+"""What of a plan a template's process is told: nothing that names what lies at another path on the host."""
 
 _ETC = {
     "/etc/passwd": f"student:x:1000:1000:student:{HOME}:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
@@ -88,6 +92,8 @@ class Command:
     terminal: bool = False
     """Give it a terminal of the room's own instead of stdin, stdout and stderr; its master is then `Sandbox.shared`."""
     pass_fds: Sequence[int] = ()
+    template: "TemplateProgram | None" = None
+    """Not a command, but a template that others are forked from (see `isolate.warm`)."""
     connects: bool = False
     """Whether it connects to unix sockets that are not its own. Only the landlock tier asks."""
     stdin: int | IO[bytes] | None = subprocess.DEVNULL
@@ -138,6 +144,31 @@ def _mount_entries(policy: Policy) -> list[dict[str, Any]]:
     return sorted(entries.values(), key=lambda entry: (entry["target"].count("/"), entry["kind"] == "hidden"))
 
 
+@dataclasses.dataclass(frozen=True)
+class TemplateProgram:
+    """What a template is to be (see `isolate.template` and `isolate.warm`)."""
+
+    source: IO[bytes]
+    """Python source that the interpreter executes."""
+    state: Mapping[str, Any]
+    files: Mapping[str, str]
+    """What its HOME has: path -> text."""
+    idle_seconds: float
+
+
+def _template_plan(program: TemplateProgram | None, uid: int | None) -> dict[str, Any] | None:
+    if program is None:
+        return None
+    ids = uids.usable_ids() if uid is not None else None
+    return {
+        "source_fd": program.source.fileno(),
+        "state": dict(program.state),
+        "files": dict(program.files),
+        "idle_seconds": program.idle_seconds,
+        "ids": [ids.start, len(ids)] if ids is not None else None,
+    }
+
+
 def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
     mounts = _mount_entries(policy)
     directories = [*_WRITABLE_PLACES, "/run"]
@@ -169,6 +200,7 @@ def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
         "share_at": command.share_at,
         "terminal": command.terminal,
         "pass_fds": list(command.pass_fds),
+        "template": _template_plan(command.template, uid),
         **_tier_plan(policy, command, uid),
     }
 
@@ -220,8 +252,15 @@ class Sandbox:
     caller holds. Not for use by several threads at once.
     """
 
-    def __init__(self, policy: Policy, command: Command, *, lease: uids.Lease | None = None) -> None:
-        self._policy, self._command, self._lease = policy, command, lease
+    def __init__(
+        self,
+        policy: Policy,
+        command: Command,
+        *,
+        lease: uids.Lease | None = None,
+        template: "Sandbox | None" = None,
+    ) -> None:
+        self._policy, self._command, self._lease, self._template = policy, command, lease, template
         self._stack = contextlib.ExitStack()
         self._events: dict[str, dict[str, Any]] = {}
         self._killed = False
@@ -248,44 +287,39 @@ class Sandbox:
         self._socket = stack.enter_context(ours)
         with theirs, open(os.memfd_create("isolate-plan"), "w+b") as plan_file:
             plan = _plan(self._policy, self._command, leased.uid if leased else None)
+            holder = leased.holder if leased else None
+            if self._template is not None:
+                plan_file.write(json.dumps({name: plan[name] for name in _ROOM_PLAN} | {"mounts": []}).encode())
+                plan_file.seek(0)
+                self._template.start_job(self._command, theirs, plan_file, holder)
+                return
             plan_file.write(json.dumps(plan).encode())
             plan_file.seek(0)
-            files = [file.fileno() for file in (self._command.archive, self._command.keep) if file]
-            lease_fds = [leased.holder] if leased else []
-            package = os.path.dirname(os.path.dirname(os.path.abspath(isolate.__file__)))
-            start = (
-                f"import sys; sys.path.append({package!r}); from isolate.launcher import main; "
-                "sys.exit(main(*map(int, sys.argv[1:])))"
-            )
+            stack.callback(_start_launcher(self._command, theirs, plan_file, holder).wait)
+
+    def start_job(self, command: Command, box: socket.socket, plan: IO[bytes], holder: int | None) -> None:
+        """Of a template: have it start a sandbox for this command. May be called by several threads at once.
+
+        Raises `SandboxError` when it has ended.
+        """
+        with contextlib.ExitStack() as stack:
+            named: dict[str, int] = {"box": box.fileno(), "plan": plan.fileno()}
+            for number, (name, stream) in enumerate(
+                (("stdin", command.stdin), ("stdout", command.stdout), ("stderr", command.stderr))
+            ):
+                if stream == subprocess.DEVNULL:
+                    stream = stack.enter_context(open(os.devnull, "r+b", buffering=0))
+                named[name] = number if stream is None else stream if isinstance(stream, int) else stream.fileno()
+            if holder is not None:
+                named["holder"] = holder
+            for name, file in (("archive", command.archive), ("keep", command.keep)):
+                if file is not None:
+                    named[name] = file.fileno()
+            named |= {f"pass{number}": descriptor for number, descriptor in enumerate(command.pass_fds)}
             try:
-                process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-I",
-                        "-S",
-                        "-B",
-                        "-c",
-                        start,
-                        str(theirs.fileno()),
-                        str(plan_file.fileno()),
-                    ],
-                    env={},
-                    cwd="/",
-                    stdin=self._command.stdin,
-                    stdout=self._command.stdout,
-                    stderr=self._command.stderr,
-                    pass_fds=[
-                        theirs.fileno(),
-                        plan_file.fileno(),
-                        *files,
-                        *lease_fds,
-                        *self._command.pass_fds,
-                    ],
-                    start_new_session=True,
-                )
+                socket.send_fds(self._socket, [json.dumps({"names": list(named)}).encode()], list(named.values()))
             except OSError as error:
-                raise SandboxError("launcher", f"cannot be started: {error}") from error
-        stack.callback(process.wait)
+                raise SandboxError("template", f"it has ended: {error.strerror}") from error
 
     def fileno(self) -> int:
         """Readable when `receive` has something to say: for selectors."""
@@ -316,6 +350,8 @@ class Sandbox:
         if failed:
             remedy = failed.get("remedy") or _REMEDIES.get(failed["layer"], "")
             raise SandboxError(failed["layer"], failed["cause"], remedy)
+        if self.finished and self._template is not None and "ready" not in self._events:
+            raise SandboxError("template", "it has ended")
         if self.finished and "gone" not in self._events:
             raise SandboxError("launcher", "it ended without a word; the host may be out of memory or processes")
 
@@ -349,7 +385,7 @@ class Sandbox:
         common: dict[str, Any] = {
             "wall_seconds": round(gone["wall_seconds"], 3),
             "cpu_seconds": round(max(gone["cpu_seconds"], exited_cpu), 3),
-            "memory_peak_bytes": max(gone["memory_peak_bytes"], exited["memory_peak_bytes"] if exited else 0),
+            "memory_peak_bytes": max(gone["memory_peak_bytes"], self._largest_process(exited)),
             "tier": self._policy.tier,
             "layers": self.layers,
             "gaps": LANDLOCK_GAPS if self._policy.tier == "landlock" else (),
@@ -378,6 +414,10 @@ class Sandbox:
             return Report("limit", limit=limit_of_signal, message=self._explain(limit_of_signal), **common)
         return Report("signal", signal=-code, message=f"ended by {_signal_name(-code)}", **common)
 
+    def _largest_process(self, exited: dict[str, Any] | None) -> int:
+        """Of a forked one, what it shares with its template would be counted, too. getrusage(2), ru_maxrss"""
+        return int(exited["memory_peak_bytes"]) if exited and self._template is None else 0
+
     @property
     def kept(self) -> bool:
         """Whether the room's init came to the end of packing what the command left (see `Command.keep`)."""
@@ -393,6 +433,38 @@ class Sandbox:
             self.send("kill")
         self._socket.close()  # the launcher ends what is left when this end is gone
         self._stack.close()
+
+
+def _start_launcher(
+    command: Command, box: socket.socket, plan: IO[bytes], holder: int | None
+) -> "subprocess.Popen[bytes]":
+    """Raises `SandboxError`."""
+    files = [file.fileno() for file in (command.archive, command.keep) if file]
+    files += [command.template.source.fileno()] if command.template else []
+    package = os.path.dirname(os.path.dirname(os.path.abspath(isolate.__file__)))
+    start = (
+        f"import sys; sys.path.append({package!r}); from isolate.launcher import main; "
+        "sys.exit(main(*map(int, sys.argv[1:])))"
+    )
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-c", start, str(box.fileno()), str(plan.fileno())],
+            env={},
+            cwd="/",
+            stdin=command.stdin,
+            stdout=command.stdout,
+            stderr=command.stderr,
+            pass_fds=[
+                box.fileno(),
+                plan.fileno(),
+                *files,
+                *([] if holder is None else [holder]),
+                *command.pass_fds,
+            ],
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise SandboxError("launcher", f"cannot be started: {error}") from error
 
 
 def _signal_name(number: int) -> str:

@@ -58,7 +58,9 @@ _PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_RAISE = 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
+CAP_SETGID, CAP_SETUID = 6, 7
 _SECCOMP_MODE_FILTER = 2
 
 _KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -217,9 +219,11 @@ class _CapData(ctypes.Structure):
     )
 
 
-def drop_bounding_capabilities() -> None:
-    """Empty the bounding set; needs CAP_SETPCAP. capabilities(7)"""
+def drop_bounding_capabilities(*keep: int) -> None:
+    """Take all but these from the bounding set; needs CAP_SETPCAP. capabilities(7)"""
     for capability in range(64):
+        if capability in keep:
+            continue
         try:
             present = _prctl("PR_CAPBSET_READ", _PR_CAPBSET_READ, capability)
         except OSError:
@@ -230,10 +234,21 @@ def drop_bounding_capabilities() -> None:
 
 def drop_capabilities() -> None:
     """Empty the ambient, effective, permitted and inheritable sets. capabilities(7), capset(2)."""
+    hold_capabilities()
+
+
+def hold_capabilities(*keep: int, effective: bool = False, across_exec: bool = False) -> None:
+    """Give up all capabilities but these, of the first 32; what is kept has force only if `effective`.
+
+    With `across_exec` an ordinary user's next program has them, too, in force. capabilities(7), "ambient"
+    """
+    bits = sum(1 << capability for capability in keep)
     _prctl("PR_CAP_AMBIENT", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
-    none = (_CapData * 2)()
-    _syscall("capset", _number("capset"), ctypes.byref(header), ctypes.byref(none))
+    sets = (_CapData * 2)(_CapData(bits if effective else 0, bits, bits if across_exec else 0))
+    _syscall("capset", _number("capset"), ctypes.byref(header), ctypes.byref(sets))
+    for capability in keep if across_exec else ():
+        _prctl("PR_CAP_AMBIENT", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability)
 
 
 class _SockFprog(ctypes.Structure):

@@ -22,7 +22,7 @@ class Lease:
     holder: int
 
 
-def _candidates() -> range:
+def usable_ids() -> range:
     """Ids that this process may change to: inside a container only a few may be mapped. user_namespaces(7)."""
     mapped: list[range] = []
     with open("/proc/self/uid_map", encoding="ascii") as file:
@@ -45,7 +45,7 @@ def lease() -> Iterator[Lease | None]:
     if os.geteuid() != 0:
         yield None
         return
-    candidates = _candidates()
+    candidates = usable_ids()
     for _ in range(200):
         if not candidates:
             break

@@ -82,13 +82,19 @@ def person(request: pytest.FixtureRequest, stage: Stage) -> Person:
     return Person("root", 0, 0, Path("/root"))
 
 
+@pytest.fixture(params=["cold", "warm"])
+def start(request: pytest.FixtureRequest) -> str:
+    """How sandboxes start: as programs of their own, or forked from a template (see `isolate.warm`)."""
+    return str(request.param)
+
+
 @pytest.fixture
-def attacker(stage: Stage, person: Person, request: pytest.FixtureRequest) -> Iterator[Attacker]:
+def attacker(stage: Stage, person: Person, start: str, request: pytest.FixtureRequest) -> Iterator[Attacker]:
     """Probes as this person, with a directory of their own that is gone after the test."""
     number = f"{os.getpid()}-{abs(hash(request.node.nodeid)):x}"
     directory = stage.directory / "cases" / number
     directory.mkdir(parents=True)
-    one = Attacker(stage, person, directory, request.config.getoption("--wall"))
+    one = Attacker(stage, person, directory, request.config.getoption("--wall"), start == "warm")
     try:
         yield one
     finally:

@@ -56,6 +56,13 @@ def say(**values):
 '''
 """What every probe starts with, inside and outside of a sandbox."""
 
+_PROBE = """
+import sys
+code = sys.argv.pop(1)
+exec(compile(code, "<string>", "exec"), globals())
+"""
+"""A module that a template can turn into: what `python -c` does with its words."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Person:
@@ -130,8 +137,10 @@ class Stage:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(_REPOSITORY / "isolate", packages / "isolate", ignore=ignore)
         shutil.copy(Path(__file__).with_name("runner.py"), self.directory / "runner.py")
+        (self.directory / "probe").mkdir()
+        (self.directory / "probe/isolate_probe.py").write_text(_PROBE)
         subprocess.run([python, "-m", "compileall", "-q", packages], check=False, umask=0o022)
-        for path in (packages / "isolate", self.directory / "runner.py"):
+        for path in (packages / "isolate", self.directory / "probe", self.directory / "runner.py"):
             subprocess.run(["chmod", "-R", "a+rX", path], check=True)
 
     def user(self) -> Person:
@@ -302,10 +311,14 @@ def _removed(group: Path) -> bool:
 class Attacker:
     """Runs probes as one person, inside sandboxes and (for the control) outside."""
 
-    def __init__(self, stage: Stage, person: Person, directory: Path, wall: str = "isolate") -> None:
+    def __init__(
+        self, stage: Stage, person: Person, directory: Path, wall: str = "isolate", warm: bool = False
+    ) -> None:
         self.stage, self.person, self.directory = stage, person, directory
         self.wall = wall
         """What the probes run behind: ours, or another one to compare with (see `compare`)."""
+        self.warm = warm
+        """Whether Python in sandboxes is forked from a template, which the runner starts first."""
         self.python = stage.environment()
         self.token = "canary" + secrets.token_hex(12)
         """In the supervisor's environment, and free to be put elsewhere. Nobody inside may ever know it."""
@@ -353,11 +366,18 @@ class Attacker:
 
     def start(self, argv: Sequence[str], **job: Any) -> Running:
         """A supervisor with a job, see `runner`."""
-        if "notebooks" in job and not self.is_ours:
+        if ("notebooks" in job or self.warm) and not self.is_ours:
             pytest.skip("n/a: another wall does not execute notebooks")
         end = self.directory / f"end-{secrets.token_hex(4)}"
         self.write(end, "")
-        job = {"argv": list(argv), "python": str(self.python), "end": str(end), "wall": self.wall, **job}
+        job = {
+            "argv": list(argv),
+            "python": str(self.python),
+            "end": str(end),
+            "wall": self.wall,
+            "warm": self.warm,
+            **job,
+        }
         runner = [job.pop("supervisor", str(self.python)), "-B", "-P", str(self.stage.directory / "runner.py")]
         process = subprocess.Popen(
             [*self._prefix(), *runner],
@@ -389,6 +409,8 @@ class Attacker:
         return [str(self.python), "-c", PRELUDE + code, *arguments]
 
     def start_code(self, code: str, *arguments: str, **job: Any) -> Running:
+        if self.warm:  # a forked process shows the template's command line and environment, see `marked`
+            job["env"] = {**job.get("env", {}), "ARGUMENTS": " ".join(arguments)}
         return self.start(self.python_argv(code, *arguments), live=True, **job)
 
     def run(self, code: str, *arguments: str, **job: Any) -> Outcome:

@@ -7,6 +7,7 @@ under unshare, as the shell script was that instructors used before. Both see wh
 """
 
 import base64
+import contextlib
 import ctypes
 import dataclasses
 import io
@@ -20,17 +21,21 @@ import sys
 import tarfile
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from isolate import syscalls
+from isolate import syscalls, uids
 from isolate.environment import environment_policy
 from isolate.policy import HOME, WORK, Bind, Limits, Policy, SandboxError
 from isolate.sandbox import Command, Sandbox
+from isolate.warm import Nursery, Recipe
 
 _KEPT = 1 << 20
 _MOST_SECONDS = 20.0
 """Another wall has no limits; what runs behind it is ended here, which no test takes for the wall's doing."""
+_PROBE = Path(__file__).parent / "probe"
+"""A module that a template can turn into."""
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
 
@@ -101,6 +106,24 @@ def _listing(file: IO[bytes]) -> dict[str, Any]:
         return {repr(member.name)[1:-1]: [member.mode, member.size, member.type.decode()] for member in archive}
 
 
+@contextlib.contextmanager
+def _sandbox(job: dict[str, Any], command: Command) -> Iterator[Sandbox]:
+    """`python -c CODE ARGUMENT...` is forked from a template where the job asks for it."""
+    policy, python = _policy(job), str(job["python"])
+    if not job["warm"] or list(command.argv[:2]) != [python, "-c"]:
+        with Sandbox(policy, command) as sandbox:
+            yield sandbox
+        return
+    with Nursery() as nursery, uids.lease() as lease, contextlib.ExitStack() as stack:
+        policy = dataclasses.replace(policy, read_only=(*policy.read_only, Bind(_PROBE)))
+        recipe = Recipe([python], policy, "isolate_probe", ("isolate_probe",), [str(_PROBE)])
+        warm = dataclasses.replace(command, argv=command.argv[2:])
+        sandbox, start = nursery.start(stack, recipe, policy, warm, command, lease)
+        if start != "warm" and not (policy.writable or policy.tier == "landlock"):
+            raise RuntimeError(start)
+        yield sandbox
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     out, out_end = os.pipe()
     kept = bytearray()
@@ -120,7 +143,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     )
     result: dict[str, Any] = {"report": None, "error": None}
     try:
-        with Sandbox(_policy(job), command) as sandbox:
+        with _sandbox(job, command) as sandbox:
             result["layers"] = sandbox.layers
             result["report"] = sandbox.wait().as_dict()
     except SandboxError as error:
@@ -200,7 +223,7 @@ def run_elsewhere(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def notebook(job: dict[str, Any]) -> dict[str, Any]:
-    """One notebook after the other; the work directory goes from each to the next."""
+    """One notebook after the other; the work directory goes from each to the next, unless each is to be `fresh`."""
     import nbformat
 
     from isolate.notebook import Kernel, Settings, execute
@@ -208,6 +231,7 @@ def notebook(job: dict[str, Any]) -> dict[str, Any]:
     policy = _policy(job)
     files = _archive(job["files"]) if "files" in job else None
     ends: list[dict[str, Any]] = []
+    nursery = Nursery(job.get("imports", ())) if job["warm"] else None
     for cells in job["notebooks"]:
         document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
         argv = job.get("kernel") or [job["python"], "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -221,13 +245,16 @@ def notebook(job: dict[str, Any]) -> dict[str, Any]:
                     files=files,
                     keep=keep,
                     timeouts={int(key): value for key, value in job.get("timeouts", {}).items()},
+                    warm=nursery,
                 )
                 outputs = [cell.outputs for cell in done.notebook.cells]
                 ends.append({"outputs": outputs, "report": done.report.as_dict(), "error": None})
             except SandboxError as error:
                 ends.append({"error": {"layer": error.layer, "cause": error.cause}})
             keep.seek(0)
-            files = os.fdopen(os.dup(keep.fileno()), "rb") if keep.read(1) else None
+            files = os.fdopen(os.dup(keep.fileno()), "rb") if keep.read(1) and not job.get("fresh") else None
+    if nursery is not None:
+        nursery.close()
     return {"notebooks": ends}
 
 

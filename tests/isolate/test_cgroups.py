@@ -74,7 +74,7 @@ import sys, time
 sys.path.append({str(Path(cgroups.__file__).parent.parent)!r})
 from isolate import cgroups
 group = cgroups.Group({group._version}, {group._directories!r}, {LIMITS!r})
-group.enter()
+group.add()
 held = bytearray(b"x") * (40 << 20)
 end = time.process_time() + 0.3
 while time.process_time() < end: pass

@@ -53,7 +53,7 @@ def test_threads_get_distinct_leases() -> None:
 def one_candidate(monkeypatch: pytest.MonkeyPatch) -> int:
     """Only one uid to choose from, so that who holds it decides; another one in each test process."""
     number = 1_879_048_192 + (1 << 20) + os.getpid()
-    monkeypatch.setattr(uids, "_candidates", lambda: range(number, number + 1))
+    monkeypatch.setattr(uids, "usable_ids", lambda: range(number, number + 1))
     return number
 
 
@@ -75,7 +75,7 @@ def holder_of(number: int, inherit: bool = False) -> Iterator["subprocess.Popen[
     code = f"""
 import subprocess, sys
 from isolate import uids
-uids._candidates = lambda: range({number}, {number} + 1)
+uids.usable_ids = lambda: range({number}, {number} + 1)
 with uids.lease() as lease:
     if {inherit}:
         subprocess.Popen(['sleep', '60'], pass_fds=[lease.holder], stdout=subprocess.DEVNULL)
@@ -123,7 +123,7 @@ def test_kept_while_a_process_that_uses_the_uid_lives(one_candidate: int) -> Non
 
 @root_only
 def test_candidates_are_mapped_here() -> None:
-    candidates = uids._candidates()
+    candidates = uids.usable_ids()
     mapped = []
     for line in Path("/proc/self/uid_map").read_text().splitlines():
         first, _, count = map(int, line.split())

@@ -1,0 +1,261 @@
+"""Warm kernels: forked, already in their sandbox, from a template that has imported what they would import first.
+
+Theory of operation
+-------------------
+A `Nursery` belongs to one owner, say one run of autograde, and keeps templates: one for each way of starting a kernel
+(interpreter, environment variables, view, imports), and one for the driver rooms. A template starts on first use,
+is replaced when packages were installed, and ends with the nursery, with its owner's process, or unused.
+
+What its kernels import beyond that is found by rehearsal: one throwaway kernel runs the imports and says what it has
+loaded; the list is kept in the user's cache. No student's code ever runs in a template or before a rehearsal.
+
+Where a template cannot be had, the kernel starts cold, in the same two rooms, and `start` of the report says why.
+What is the same in all kernels of a template, and is not in cold ones: the seed of hash() of strings, and the addresses
+of what was loaded. numpy's global generator is seeded anew for each kernel, and `random` does so by itself.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import select
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from isolate import landlock, room, sockets, syscalls, template, workdir
+from isolate.environment import find_executable, grader_paths, prefixes_of, python_module
+from isolate.policy import GIB, Limits, Policy, SandboxError
+from isolate.sandbox import Command, Sandbox, TemplateProgram, last_words
+from isolate.uids import Lease
+
+IDLE_SECONDS = 300.0
+_KERNEL_MODULES = ("ipykernel_launcher", "ipykernel")
+_KERNEL_IMPORTS = """
+ipykernel.kernelapp ipykernel.debugger IPython.core.completerlib IPython.core.oinspect IPython.core.logger
+IPython.extensions.storemagic tornado.locks tornado.platform.asyncio tornado.queues
+faulthandler gc resource runpy sqlite3
+""".split()
+"""What an ipykernel has imported when its first cell runs; one that a version does not have is left out."""
+_DRIVER_IMPORTS = ("isolate.driver",)
+_VARIABLES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+"""What ipykernel sets before a notebook can import anything: ipykernel/kernelapp.py, `init_gui_pylab`."""
+_FOREVER = 10.0 * 365 * 86400
+_START = f"exec(open({template.SOURCE}, closefd=False).read())"
+_LOADER = """
+def load():
+    import sys, types
+    package = types.ModuleType("isolate")
+    package.__path__ = []
+    sys.modules["isolate"] = package
+    for name, text in MODULES.items():
+        module = types.ModuleType("isolate." + name)
+        sys.modules[module.__name__] = module
+        setattr(package, name, module)
+        exec(compile(text, "<isolate." + name + ">", "exec"), module.__dict__)
+    for name in ("isolate", *("isolate." + name for name in MODULES)):
+        del sys.modules[name]
+    return module
+main = load().main
+del load, MODULES
+main()
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way to start a kernel or a driver: all that a template has to share with what is forked from it."""
+
+    python: Sequence[str]
+    """The interpreter and its options."""
+    policy: Policy
+    program: str
+    imports: Sequence[str]
+    paths: Sequence[str] = ()
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    share_at: str | None = None
+
+    @property
+    def key(self) -> str:
+        view = [[str(bind.source), str(bind.target)] for bind in self.policy.read_only]
+        hidden = [str(path) for path in self.policy.hidden]
+        environment = dict(sorted(self.policy.environment.items()))
+        parts = [
+            list(self.python),
+            view,
+            hidden,
+            environment,
+            self.program,
+            list(self.imports),
+            sorted(self.files),
+            self.share_at,
+        ]
+        return hashlib.sha256(json.dumps([*parts, _stamps(self.python[0])]).encode()).hexdigest()
+
+
+def _stamps(python: str) -> list[list[Any]]:
+    """What changes when packages are installed or removed: times of the directories that hold them."""
+    found = []
+    for prefix in prefixes_of(find_executable(python)):
+        for pattern in ("pyvenv.cfg", "lib/python3*/site-packages", "lib/python3/dist-packages", "conda-meta"):
+            found += [[str(path), path.stat().st_mtime_ns] for path in sorted(prefix.glob(pattern))]
+    return found
+
+
+class _Template:
+    """A running one. Closed with its stack; raises `SandboxError` when it cannot be had."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(open(os.memfd_create("isolate-source"), "w+b"))
+            source.write(_source().encode())
+            source.seek(0)
+            words = stack.enter_context(open(os.memfd_create("isolate-words"), "w+b"))
+            environment = dict(recipe.policy.environment)
+            state = {
+                "argv": [*recipe.python, "-c", _START],
+                "environment": environment,
+                "variables": dict(recipe.variables),
+                "paths": list(recipe.paths),
+                "imports": list(recipe.imports),
+                "excluded": [],
+                "program": recipe.program,
+            }
+            program = TemplateProgram(source, state, recipe.files, IDLE_SECONDS)
+            limits = Limits(_FOREVER, _FOREVER, memory_bytes=4 * GIB)
+            policy = dataclasses.replace(recipe.policy, limits=limits)
+            sandbox = Sandbox(
+                policy, Command([], template=program, share_at=recipe.share_at, stdout=words, stderr=words)
+            )
+            try:
+                self.sandbox = stack.enter_context(sandbox)
+            except SandboxError as error:
+                words.seek(0)
+                said = last_words(words.read(1 << 16))
+                raise SandboxError("template", f"{error}" + (f"; it said: {said}" if said else "")) from error
+            self._stack = stack.pop_all()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself: unused for long, or killed."""
+        poll = select.poll()
+        poll.register(self.sandbox, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _source() -> str:
+    """The template's program with the modules that it needs."""
+    modules = {
+        module.__name__.rpartition(".")[2]: inspect.getsource(module)
+        for module in (syscalls, landlock, sockets, workdir, room, template)
+    }
+    return f"MODULES = {modules!r}\n{_LOADER}"
+
+
+class Nursery:
+    """Templates of one owner; a context manager. May be used by several threads at once."""
+
+    def __init__(self, imports: Sequence[str] = ()) -> None:
+        self._imports = tuple(imports)
+        self._templates: dict[str, _Template] = {}
+        self._cold: dict[str, str] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all templates, and what still runs in them."""
+        if os.getpid() != self._owner:
+            return
+        with self._lock:
+            templates, self._templates = list(self._templates.values()), {}
+        for one in templates:
+            one.close()
+
+    def start_kernel(
+        self,
+        stack: contextlib.ExitStack,
+        policy: Policy,
+        command: Command,
+        lease: Lease | None,
+        argv: Sequence[str],
+    ) -> tuple[Sandbox, str]:
+        """Enter a kernel's room on `stack`. It, and how it was started: "warm", or "cold: " and the reason.
+
+        `command` is how to start it cold; `argv` is the kernelspec's, with the connection file in its place.
+        Raises `SandboxError` when it starts neither way.
+        """
+        parts = python_module(argv)
+        if parts is None or parts[1] not in _KERNEL_MODULES:
+            return stack.enter_context(Sandbox(policy, command, lease=lease)), "cold: not IPython's kernel"
+        python, module, words = parts
+        files = {path: text for path, text in command.room_files.items() if path.startswith(policy.environment["HOME"])}
+        imports = (*_KERNEL_IMPORTS, *self._imports)
+        recipe = Recipe(python, policy, module, imports, (), _VARIABLES, files, command.share_at)
+        return self.start(stack, recipe, policy, dataclasses.replace(command, argv=words), command, lease)
+
+    def start_driver(
+        self, stack: contextlib.ExitStack, policy: Policy, command: Command, lease: Lease | None
+    ) -> tuple[Sandbox, str]:
+        """Enter a driver's room on `stack`; as `start_kernel`."""
+        recipe = Recipe([sys.executable, "-I", "-B"], policy, "isolate.driver:main", _DRIVER_IMPORTS, grader_paths())
+        return self.start(stack, recipe, policy, dataclasses.replace(command, argv=[]), command, lease)
+
+    def start(
+        self,
+        stack: contextlib.ExitStack,
+        recipe: Recipe,
+        policy: Policy,
+        warm: Command,
+        cold: Command,
+        lease: Lease | None,
+    ) -> tuple[Sandbox, str]:
+        """Enter a sandbox on `stack`: of the recipe's template, or else cold; as `start_kernel`."""
+        found = self._template(recipe)
+        if isinstance(found, _Template):
+            try:
+                return stack.enter_context(Sandbox(policy, warm, lease=lease, template=found.sandbox)), "warm"
+            except SandboxError as error:
+                if error.layer != "template":
+                    raise
+                found = str(error)  # it ended after we had looked
+        return stack.enter_context(Sandbox(policy, cold, lease=lease)), f"cold: {found}"
+
+    def _template(self, recipe: Recipe) -> "_Template | str":
+        """The template for this, or why there is none."""
+        if recipe.policy.tier != "namespaces":
+            return f"the {recipe.policy.tier} tier has no templates"
+        if recipe.policy.writable:
+            return "something of the host is writable"
+        key = recipe.key
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            if key in self._cold:
+                return self._cold[key]
+            found = self._templates.get(key)
+            if found is None or found.ended:
+                try:
+                    found = _Template(recipe)
+                except SandboxError as error:
+                    self._cold[key] = str(error)
+                    return str(error)
+                self._templates[key] = found
+            return found

@@ -1,0 +1,183 @@
+"""Warm kernels do what cold ones do, are replaced, and say why one was cold."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from e2e import host
+from isolate import warm
+from isolate.notebook import Execution, Kernel
+from isolate.policy import SandboxError
+from isolate.warm import Nursery
+
+Run = Callable[..., Execution]
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as one:
+        yield one
+
+
+def _text(execution: Execution, index: int = 0) -> str:
+    return "".join(output.get("text", "") for output in execution.notebook.cells[index].outputs)
+
+
+def _templates() -> set[tuple[int, str]]:
+    """Processes of this test's templates: what is below us and was started with a descriptor as its program."""
+    return {process for process in host.descendants(os.getpid()) if "exec(open(3" in host.command_of(process)}
+
+
+def test_a_kernel_says_how_it_started(run_cells: Run, nursery: Nursery) -> None:
+    cold, first, second = run_cells("1 + 1"), run_cells("1 + 1", warm=nursery), run_cells("1 + 1", warm=nursery)
+    assert [one.report.start for one in (cold, first, second)] == ["cold", "warm", "warm"]
+    assert second.report.layers == cold.report.layers
+    assert second.notebook.cells[0].outputs == cold.notebook.cells[0].outputs
+
+
+def test_memory_of_the_template_is_not_the_kernels(run_cells: Run) -> None:
+    """What the template has loaded is counted once, in the template."""
+    with Nursery(["nbformat", "sqlalchemy", "fastapi"]) as full, Nursery() as empty:
+        code = "import nbformat, sqlalchemy, fastapi"
+        most = run_cells(code, warm=empty).report.memory_peak_bytes
+        least = run_cells(code, warm=full).report.memory_peak_bytes
+        assert least < most - (10 << 20)
+
+
+def test_what_is_imported_beforehand_is_there(run_cells: Run) -> None:
+    code = "import sys, json; print(json.dumps([name in sys.modules for name in ('wave', 'no_such', 'isolate')]))"
+    with Nursery(["wave", "no_such"]) as one:
+        done = run_cells(code, warm=one)
+    assert (done.report.start, json.loads(_text(done))) == ("warm", [True, False, False])
+
+
+def test_a_package_that_asks_for_the_shell_is_imported_by_the_kernel(run_cells: Run) -> None:
+    """It would be told that there is none, and keep that in mind."""
+    with Nursery(["matplotlib_inline.backend_inline"]) as one:
+        done = run_cells(
+            "import sys; print('matplotlib_inline.backend_inline' in sys.modules)",
+            "get_ipython() is get_ipython().kernel.shell",
+            warm=one,
+        )
+    assert (done.report.start, _text(done)) == ("warm", "False\n")
+
+
+def test_a_kernel_that_is_not_ipythons_starts_cold(run_cells: Run, kernel: Kernel, nursery: Nursery) -> None:
+    argv = [kernel.argv[0], "-c", "from ipykernel.kernelapp import main; main()", *kernel.argv[3:]]
+    done = run_cells("print(1)", kernel=dataclasses.replace(kernel, argv=argv), warm=nursery)
+    assert (done.report.start, _text(done)) == ("cold: not IPython's kernel", "1\n")
+
+
+def test_a_template_with_a_thread_is_none(run_cells: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = warm._source
+    thread = "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    monkeypatch.setattr(warm, "_source", lambda: thread + source())
+    with Nursery() as one:
+        done = run_cells("print(1)", warm=one)
+    assert done.report.start.startswith("cold: ")
+    assert "2 threads run" in done.report.start
+    assert _text(done) == "1\n"
+
+
+def test_several_at_once(run_cells: Run, nursery: Nursery) -> None:
+    found: list[str] = []
+
+    def one(number: int) -> None:
+        done = run_cells(f"print({number})", warm=nursery)
+        found.append(f"{done.report.start} {_text(done)}")
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [f"warm {number}\n" for number in range(6)]
+
+
+def test_a_killed_template_is_replaced(run_cells: Run) -> None:
+    before = _templates()
+    with Nursery() as one:
+        run_cells("1", warm=one)
+        mine = _templates() - before
+        assert len(mine) >= 2  # for kernels and for drivers
+        for pid, _ in mine:
+            with_pidfd = os.pidfd_open(pid)
+            signal.pidfd_send_signal(with_pidfd, signal.SIGKILL)
+            os.close(with_pidfd)
+        assert host.eventually(lambda: not mine & host.processes().keys())
+        assert run_cells("1", warm=one).report.start == "warm"
+    assert host.eventually(lambda: _templates() == before)
+
+
+def test_a_template_killed_at_work_is_no_fault_of_the_notebook(run_cells: Run) -> None:
+    with Nursery() as one:
+        run_cells("1", warm=one)
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                run_cells("import time; time.sleep(60)", warm=one)
+            except SandboxError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(1.5)
+        one.close()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert len(errors) == 1
+
+
+def test_installed_packages_make_another_template(run_cells: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _templates()
+    with Nursery() as one:
+        run_cells("1", warm=one)
+        first = _templates() - before
+        stamps = warm._stamps
+        monkeypatch.setattr(warm, "_stamps", lambda python: [*stamps(python), ["installed", 1]])
+        run_cells("1", warm=one)
+        assert len(_templates() - before) > len(first)
+
+
+def test_unused_templates_end(run_cells: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "IDLE_SECONDS", 0.5)
+    before = _templates()
+    with Nursery() as one:
+        run_cells("1", warm=one)
+        assert host.eventually(lambda: _templates() == before)
+        assert run_cells("1", warm=one).report.start == "warm"
+
+
+_OWNER = """
+import sys
+from pathlib import Path
+import nbformat
+from isolate.environment import environment_policy
+from isolate.notebook import Kernel, execute
+from isolate.warm import Nursery
+python = Path(sys.executable)
+kernel = Kernel([str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+nursery = Nursery()
+cells = [nbformat.v4.new_code_cell("import time; time.sleep(600)")]
+execute(nbformat.v4.new_notebook(cells=cells), kernel, environment_policy([python]), warm=nursery,
+        progress=lambda index, state: print(state, flush=True))
+"""
+
+
+def test_kill_9_of_the_owner_leaves_nothing() -> None:
+    with subprocess.Popen([sys.executable, "-c", _OWNER], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "started\n"
+        below = host.descendants(owner.pid)
+        assert len(below) > 5
+        owner.kill()
+    assert host.eventually(lambda: not below & host.processes().keys())
