@@ -43,7 +43,7 @@ test-upstream: setup ## nbgrader's own autograde and exchange tests against this
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/upstream/run.py
 
 attacks: setup ## every attack of the threat catalogue, as a table
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m threat --threat-table tests/attacks tests/isolate \
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m threat --threat-table --every-start tests/attacks tests/isolate \
 	  tests/nbgrader_aalto tests/grader_service
 
 compare: setup ## the same attacks against bwrap and chroot, where installed (as root)
@@ -68,11 +68,15 @@ SOAK ?= 2000
 soak: setup ## SOAK=2000 sandboxes ended in every way; what the host has before and after
 	@$(BIN)/python tests/isolate/soak.py --sandboxes $(SOAK)
 
-bench: setup bench-sandbox ## time to grade, beside stock nbgrader, in the same run
+bench: setup bench-sandbox bench-warm ## time to grade, beside stock nbgrader, in the same run
 	@$(BIN)/python benchmarks/autograde.py
 
 bench-sandbox: setup ## time and memory of a sandbox, beside bubblewrap and beside none
 	@$(BIN)/python benchmarks/sandbox.py
+
+.PHONY: bench-warm
+bench-warm: setup ## warm kernels: time to the first cell and memory, beside a stock kernel
+	@$(BIN)/python benchmarks/warm.py
 
 bench-exchange: setup ## 500 submissions at once while an instructor collects, beside stock (as root)
 	@$(BIN)/python benchmarks/exchange.py

@@ -37,10 +37,19 @@ IDLE_SECONDS = 300.0
 _KERNEL_MODULES = ("ipykernel_launcher", "ipykernel")
 _KERNEL_IMPORTS = """
 ipykernel.kernelapp ipykernel.debugger IPython.core.completerlib IPython.core.oinspect IPython.core.logger
-IPython.extensions.storemagic tornado.locks tornado.platform.asyncio tornado.queues
+IPython.core.debugger pdb IPython.extensions.storemagic tornado.locks tornado.platform.asyncio tornado.queues
 faulthandler gc resource runpy sqlite3
 """.split()
 """What an ipykernel has imported when its first cell runs; one that a version does not have is left out."""
+_KERNEL_REHEARSAL = """
+from ipykernel.kernelapp import IPKernelApp
+from IPython.core.inputtransformer2 import TransformerManager
+IPKernelApp().parse_command_line([])
+TransformerManager().transform_cell("a = 1\\n")
+"""
+"""Fills caches of compiled expressions and of traits; the objects are dropped."""
+_DRIVER_REHEARSAL = "import nbformat; nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])"
+"""Has nbformat compile its schema."""
 _DRIVER_IMPORTS = ("isolate.driver",)
 _VARIABLES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 """What ipykernel sets before a notebook can import anything: ipykernel/kernelapp.py, `init_gui_pylab`."""
@@ -79,6 +88,8 @@ class Recipe:
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     share_at: str | None = None
+    rehearsal: str = ""
+    """Python that the template runs after its imports, so that it need not be done for the first time in each."""
 
     @property
     def key(self) -> str:
@@ -126,6 +137,7 @@ class _Template:
                 "imports": list(recipe.imports),
                 "excluded": [],
                 "program": recipe.program,
+                "rehearsal": recipe.rehearsal,
             }
             program = TemplateProgram(source, state, recipe.files, IDLE_SECONDS)
             limits = Limits(_FOREVER, _FOREVER, memory_bytes=4 * GIB)
@@ -208,14 +220,21 @@ class Nursery:
         python, module, words = parts
         files = {path: text for path, text in command.room_files.items() if path.startswith(policy.environment["HOME"])}
         imports = (*_KERNEL_IMPORTS, *self._imports)
-        recipe = Recipe(python, policy, module, imports, (), _VARIABLES, files, command.share_at)
+        recipe = Recipe(python, policy, module, imports, (), _VARIABLES, files, command.share_at, _KERNEL_REHEARSAL)
         return self.start(stack, recipe, policy, dataclasses.replace(command, argv=words), command, lease)
 
     def start_driver(
         self, stack: contextlib.ExitStack, policy: Policy, command: Command, lease: Lease | None
     ) -> tuple[Sandbox, str]:
         """Enter a driver's room on `stack`; as `start_kernel`."""
-        recipe = Recipe([sys.executable, "-I", "-B"], policy, "isolate.driver:main", _DRIVER_IMPORTS, grader_paths())
+        recipe = Recipe(
+            [sys.executable, "-I", "-B"],
+            policy,
+            "isolate.driver:main",
+            _DRIVER_IMPORTS,
+            grader_paths(),
+            rehearsal=_DRIVER_REHEARSAL,
+        )
         return self.start(stack, recipe, policy, dataclasses.replace(command, argv=[]), command, lease)
 
     def start(

@@ -22,6 +22,9 @@ _STAGE = "ISOLATE_TEST_STAGE"
 def pytest_addoption(parser: pytest.Parser) -> None:
     table.add_options(parser)
     parser.getgroup("threats").addoption(
+        "--every-start", action="store_true", help="an ordinary user's warm sandboxes, too (see `_leave_out_user_warm`)"
+    )
+    parser.getgroup("threats").addoption(
         "--wall", choices=["isolate", *compare.OTHERS], default="isolate", help="what the probes run behind"
     )
 
@@ -39,8 +42,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     compare.leave_out(config.getoption("--wall"), items)
+    if not config.getoption("--every-start"):
+        _leave_out_user_warm(config, items)
     # A file goes to one worker as a whole, so files of few long tests must not come last. See the Makefile.
     items.sort(key=lambda item: _LONGEST_FIRST.index(_part(item)))
+
+
+def _leave_out_user_warm(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """To save time: what is both is tried as root's warm and as the user's cold one. `make attacks` leaves out none."""
+    kinds = [getattr(item, "callspec", None) for item in items]
+    both = [
+        item
+        for item, kind in zip(items, kinds, strict=True)
+        if kind
+        and kind.params.get("person") == "user"
+        and kind.params.get("start") == "warm"
+        and "test_warm" not in item.nodeid
+    ]
+    if both and os.geteuid() == 0:
+        config.hook.pytest_deselected(items=both)
+        items[:] = [item for item in items if item not in set(both)]
 
 
 _LONGEST_FIRST = ["e2e", "grader_service", "nbgrader_aalto", "upstream", "attacks", "isolate", ""]
