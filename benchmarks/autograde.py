@@ -1,13 +1,16 @@
 """Time `nbgrader autograde`, stock and in the sandbox, in one run on one course; the runs alternate.
 
-    python benchmarks/autograde.py [--students 6] [--rounds 3]
+    python benchmarks/autograde.py [--students 60] [--rounds 3] [--only trivial|numeric]
 
-Prints medians and ranges. Stock runs the same honest notebooks without any isolation: do not give it others.
+Stock runs the same honest notebooks without any isolation: do not give it others. `limit` is what the cells alone
+cost, if nothing else took time: their own processor time (of a warm kernel, less that of a kernel with one empty cell)
+of all students, divided by the cores. `isolate alone` executes the same notebooks in warm kernels, as many at once as
+there are cores, without nbgrader. Prints Markdown: medians and ranges of the whole command, in seconds.
 """
 
 import argparse
+import concurrent.futures
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -18,11 +21,18 @@ from pathlib import Path
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
+from sandbox import machine
 
+from isolate.environment import environment_policy, home_files
+from isolate.notebook import Kernel, execute
+from isolate.warm import Nursery
+
+CORES = len(os.sched_getaffinity(0))
 NOTEBOOKS = {
     "trivial": ["total = sum(range(10))", "assert total == 45"],
     "numeric": [
         "import numpy as np\nimport pandas as pd\nimport matplotlib.pyplot as plt",
+        "from time import process_time\nend = process_time() + 0.2\nwhile end > process_time():\n    np.ones(9).sum()",
         "frame = pd.DataFrame({'x': np.arange(1000)})\nframe.plot()\nplt.show()",
         "assert frame.x.sum() == 499500",
     ],
@@ -80,26 +90,71 @@ def seconds(course: Path, mode: str, name: str) -> float:
     return time.perf_counter() - started
 
 
+class Alone:
+    """The same notebooks by `isolate.notebook.execute`, without nbgrader."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        python = Path(sys.executable)
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        self._kernel, self._nursery = Kernel(argv, home_files=home_files(python)), nursery
+        self._policy = environment_policy([python])
+
+    def processor_seconds(self, sources: list[str]) -> float:
+        """Of one notebook in a kernel."""
+        done = execute(notebook(sources), self._kernel, self._policy, warm=self._nursery)
+        assert (done.report.ended, done.report.start) == ("finished", "warm"), done.report
+        return done.report.cpu_seconds
+
+    def own_seconds(self, sources: list[str]) -> float:
+        """What the cells themselves need."""
+        found = [self.processor_seconds(sources) - self.processor_seconds([""]) for _ in range(5)]
+        return statistics.median(found)
+
+    def seconds(self, sources: list[str], students: int) -> float:
+        started = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
+            list(pool.map(lambda _: self.processor_seconds(sources), range(students)))
+        return time.perf_counter() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--students", type=int, default=6)
+    parser.add_argument("--students", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=list(NOTEBOOKS))
     options = parser.parse_args()
-    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(f"{options.students} students, {options.rounds} rounds, seconds for the whole command: median (min-max)")
+    print(machine(), flush=True)
+    print(f"\n{options.students} students, {options.rounds} rounds, each of which has every row once\n")
+    print("| notebook | what | median | minimum | maximum | a student | stock takes | of the limit |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     with tempfile.TemporaryDirectory(prefix="nbgrader-aalto bench-") as directory:
         course = Path(directory) / "course"
         prepare(course, options.students)
-        for name in NOTEBOOKS:
-            seconds(course, "isolated", name)  # fonts and byte code: paid once
-            times: dict[str, list[float]] = {"stock": [], "isolated": []}
-            for _ in range(options.rounds):
-                for mode, found in times.items():
-                    found.append(seconds(course, mode, name))
-            for mode, found in times.items():
-                spread = f"{statistics.median(found):6.2f} ({min(found):.2f}-{max(found):.2f})"
-                each = statistics.median(found) / options.students
-                print(f"{name:8} {mode:9} {spread}, {each:.2f} a student")
+        for name in [options.only] if options.only else NOTEBOOKS:
+            measure(course, name, options.students, options.rounds)
+
+
+def measure(course: Path, name: str, students: int, rounds: int) -> None:
+    sources = NOTEBOOKS[name]
+    with Nursery(["numpy", "pandas", "matplotlib.pyplot"] if name == "numeric" else []) as nursery:
+        alone = Alone(nursery)
+        limit = alone.own_seconds(sources) * students / CORES
+        seconds(course, "isolated", name)  # fonts and byte code: paid once
+        times: dict[str, list[float]] = {"stock nbgrader": [], "isolated": [], "`isolate` alone": []}
+        for _ in range(rounds):
+            times["stock nbgrader"].append(seconds(course, "stock", name))
+            times["isolated"].append(seconds(course, "isolated", name))
+            times["`isolate` alone"].append(alone.seconds(sources, students))
+    stock = statistics.median(times["stock nbgrader"])
+    print(f"| {name} | limit | {limit:.1f} | | | {limit / students:.3f} | | 1 |")
+    for what, found in times.items():
+        middle = statistics.median(found)
+        ratio = f"{middle / limit:.1f}" if limit > 0.05 else "-"
+        print(
+            f"| {name} | {what} | {middle:.1f} | {min(found):.1f} | {max(found):.1f} | {middle / students:.3f} "
+            f"| {stock / middle:.1f} times as long | {ratio} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

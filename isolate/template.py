@@ -57,7 +57,7 @@ def main() -> NoReturn:
         if refused:
             _start_again(state, refused, caps)
         with contextlib.suppress(Exception):
-            exec(state["rehearsal"], {"__name__": "rehearsal"})  # noqa: S102  # the nursery's own
+            exec(state["rehearsal"], {"__name__": "rehearsal"})  # the nursery's own
         for name in state["variables"]:
             if name not in state["environment"]:
                 del os.environ[name]
