@@ -23,7 +23,7 @@ import glob
 import os
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,22 +153,22 @@ class CarefulExporter(Exporter):
         replaced = wrappers  # those that a subclass adds, too
         return wrappers
 
-    def unchanged(self, assignment_id: str, student_id: str) -> bool:
-        """Whether stock will skip this student, since the result is there and nothing newer is."""
+    def unchanged(self, assignment_id: str, student_id: str, notebooks: Sequence[str]) -> bool:
+        """Whether stock will skip this student with these notebooks, since the result is there and nothing newer."""
         converter = self.converter
         course, done = converter.coursedir, converter._format_dest(assignment_id, student_id)
-        paths = [done] if course.notebook_id == "*" else map(str, self._paths(Path(done)))
+        paths = [done] if course.notebook_id == "*" else map(str, self._paths(Path(done), notebooks))
         if converter.force or not all(map(os.path.exists, paths)):
             return False
         new = course.get_existing_timestamp(converter._format_source(assignment_id, student_id))
         old = course.get_existing_timestamp(done)
         return new is None or old is None or new <= old
 
-    def _paths(self, dest: Path) -> list[Path]:
+    def _paths(self, dest: Path, notebooks: Sequence[str]) -> list[Path]:
         """What this run replaces: a student's whole result, or with --notebook the notebooks that it names."""
         if self.converter.coursedir.notebook_id == "*":
             return [dest]
-        stems = (os.path.splitext(os.path.basename(path))[0] for path in self.converter.notebooks)
+        stems = (os.path.splitext(os.path.basename(path))[0] for path in notebooks)
         return [dest / f"{stem}{self.file_extension}" for stem in stems]
 
     def _prepare(self) -> None:
@@ -193,11 +193,11 @@ class CarefulExporter(Exporter):
             lock, *_ = [stack.enter_context(self._locked(step, student_id, assignment_id)) for step in self.steps()]
             self._turn = now = _Turn(assignment_id, student_id, dest, stack.pop_all(), lock, [])
         # first of all, since it mends what a killed run left, and what is there decides what is done
-        now.results = [EarlierResult(path) for path in self._paths(dest)]
+        now.results = [EarlierResult(path) for path in self._paths(dest, converter.notebooks)]
         if not self.admits(assignment_id, student_id):
             self._end_turn()
             return False
-        if not self.unchanged(assignment_id, student_id):
+        if not self.unchanged(assignment_id, student_id, converter.notebooks):
             for result in now.results:
                 result.put_aside()
         wanted = bool(stock(assignment_id, student_id))

@@ -5,13 +5,12 @@ go to a driver room and the files beside it to a kernel room (`isolate.notebook`
 student's code caused becomes an error in its cells; what it did not cause becomes no score at all.
 """
 
+import copy
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from textwrap import dedent
 from typing import IO, TYPE_CHECKING, Any
 
 import nbformat
@@ -20,130 +19,40 @@ from nbformat import NotebookNode
 from nbgrader.api import Gradebook
 from nbgrader.converters.base import NbGraderException
 from nbgrader.preprocessors import Execute
-from traitlets import Bool, Dict, Enum, Float, Integer, List, Unicode, default
 
 from isolate.environment import environment_policy, find_executable, home_files
 from isolate.files import pack
-from isolate.notebook import Execution, ExecutionReport, Kernel, Settings, execute
-from isolate.outputs import error
-from isolate.policy import LASTING, TIERS, Bind, Limits, Policy, SandboxError, parse_size
+from isolate.notebook import Execution, ExecutionReport, Kernel, Nursery, Settings
+from isolate.policy import LASTING, Bind, Policy, SandboxError
+from nbgrader_aalto.decisive import let_failures_decide
+from nbgrader_aalto.orders import LocalOrder, Order, Result, ServiceOrder, bare, carry_out, take_outputs
+from nbgrader_aalto.preimports import preimports
+from nbgrader_aalto.run import Run, run_of
+from nbgrader_aalto.settings import LIMITS, LOCAL_SETTINGS, SandboxSettings
 from nbgrader_aalto.shared import is_shared
 from nbgrader_aalto.written import WRITTEN_SUFFIX, keep_written
 
 if TYPE_CHECKING:
     from grader_service.schemas import JobView
 
-_DEFAULT = Limits()
 _HOOKS = tuple(f"on_notebook_{when}" for when in ("start", "complete", "error")) + tuple(
     f"on_cell_{when}" for when in ("start", "execute", "complete", "error")
 )
+
+
+LEFT_OUT = ("*.ipynb", f"*{WRITTEN_SUFFIX}")
+"""Names of files beside a notebook that its code does not find there."""
 
 
 class HostFault(NbGraderException):
     """No score: the sandbox or the host failed, and the student is not to blame."""
 
 
-class IsolatedExecute(Execute):
+class IsolatedExecute(SandboxSettings, Execute):
     """nbgrader's Execute, with the kernel in a sandbox. `c.Execute.*` settings keep their meaning.
 
     Where they cannot, docs/configuration.md says so.
     """
-
-    environment = Unicode(
-        "",
-        help=dedent(
-            """
-            The prefix (venv, conda environment) in which student code runs. Empty: that of the notebook's
-            kernelspec. Name one to grade without the packages that only instructors need.
-            """
-        ),
-    ).tag(config=True)
-    read_only = List(
-        Unicode(),
-        help="Directories and files of this machine that student code can read, such as /coursedata.",
-    ).tag(config=True)
-    hidden = List(
-        Unicode(),
-        help=dedent(
-            """
-            Paths to mask where they lie inside something visible, besides the course, the exchange and what is
-            masked in every environment (etc/jupyter and the like).
-            """
-        ),
-    ).tag(config=True)
-    pass_environment = List(
-        Unicode(),
-        help="Names of environment variables that student code finds with the grader's values. All others are absent.",
-    ).tag(config=True)
-    environment_variables = Dict(help="Environment variables for student code: name -> value.").tag(config=True)
-    memory = Unicode("2G", help="Memory of one notebook's processes together, such as 2G or 500M.").tag(config=True)
-    files = Unicode("256M", help="Size of all files that one notebook may write, with those it was given.").tag(
-        config=True
-    )
-    files_count = Integer(_DEFAULT.files_count, help="How many files one notebook may have.").tag(config=True)
-    processes = Integer(_DEFAULT.processes, help="Processes and threads of one notebook.").tag(config=True)
-    wall_seconds = Float(
-        _DEFAULT.wall_seconds, help="Time for one notebook, whatever the cells' own timeouts add up to."
-    ).tag(config=True)
-    cpu_seconds = Float(_DEFAULT.cpu_seconds, help="Processor time of one notebook's processes together.").tag(
-        config=True
-    )
-    cell_output = Unicode("4M", help="Output of one cell that is kept; the rest is cut with a notice.").tag(config=True)
-    output = Unicode("24M", help="Output of one notebook that is kept.").tag(config=True)
-    keep_files = Bool(
-        False,
-        help=dedent(
-            f"""
-            Whether files that a notebook wrote are kept for the instructor, beside the autograded notebook in
-            <notebook>{WRITTEN_SUFFIX}/. Regular files only. Later notebooks of the assignment see them anyway.
-            """
-        ),
-    ).tag(config=True)
-
-    service_url = Unicode(
-        "",
-        help=dedent(
-            """
-            The grading service that executes notebooks instead of this machine: https://host:port, or
-            unix:///path/of/socket. What student code sees is then the service's administrator's to say. Empty: none.
-            """
-        ),
-    ).tag(config=True)
-    service_course = Unicode("", help="The course's name in the service. Empty: c.CourseDirectory.course_id.").tag(
-        config=True
-    )
-    service_token_file = Unicode(
-        "",
-        help=dedent(
-            """
-            A file with the course's token, which students cannot read: 0600, or 0640 of the course's group. Empty: the
-            token of this JupyterHub server, if the service knows the hub.
-            """
-        ),
-    ).tag(config=True)
-    tier = Enum(
-        TIERS,
-        default_value=TIERS[0],
-        help=dedent(
-            """
-            Which wall stands. `landlock` is for a container in which no namespaces can be made: weaker, and never
-            chosen by itself. `isolate doctor` says what this host can do and what that tier does not stop.
-            """
-        ),
-    ).tag(config=True)
-    report_file = Unicode(
-        "",
-        help=dedent(
-            """
-            A file to which one line of JSON is appended for each executed notebook: who, how it ended, limits,
-            seconds, memory. It names students: keep it with the gradebook. Empty: none.
-            """
-        ),
-    ).tag(config=True)
-
-    @default("pass_environment")
-    def _pass_environment_default(self) -> list[str]:
-        return ["AALTO_JUPYTERHUB", "JUPYTER_IMAGE_SPEC", "NBGRADER_EXECUTION", "LANG", "LC_ALL", "TZ"]
 
     def preprocess(
         self, nb: NotebookNode, resources: dict[str, Any], km: object = None
@@ -173,8 +82,8 @@ class IsolatedExecute(Execute):
                 report.message,
             )
         self.log.info(
-            "Executed notebook '%s' of student '%s': %s, %.1f s, %.1f s cpu, %d MiB",
-            *(where["notebook"], where["student"], report.ended),
+            "Executed notebook '%s' of student '%s' (%s): %s, %.1f s, %.1f s cpu, %d MiB",
+            *(where["notebook"], where["student"], report.start, report.ended),
             *(report.wall_seconds, report.cpu_seconds, report.memory_peak_bytes >> 20),
         )
         self._append_report(where, report)
@@ -188,7 +97,7 @@ class IsolatedExecute(Execute):
             **({"gaps": list(report.gaps)} if report.gaps else {}),
         }
         for cell in executed.cells:
-            _let_failures_decide(cell)
+            let_failures_decide(cell)
         return executed, resources
 
     def _append_report(self, where: dict[str, str], report: ExecutionReport) -> None:
@@ -212,50 +121,74 @@ class IsolatedExecute(Execute):
                 where["student"],
                 error,
             )
+            run_of(self._converter).kernels.clear()
             return self._execute(nb, where, directory)
 
     def _execute(self, nb: NotebookNode, where: dict[str, str], directory: Path) -> Execution:
         self._warn_of_hooks()
-        limits = self._limits()
-        work = self._work(where)
+        limits = self.limits()
+        run = run_of(self._converter)
+        work = run.work_of(where)
         files = work.files or pack(
-            directory,
-            leave_out=["*.ipynb", f"*{WRITTEN_SUFFIX}"],
-            max_bytes=limits.work_bytes,
-            max_files=limits.work_files,
+            directory, leave_out=LEFT_OUT, max_bytes=limits.work_bytes, max_files=limits.work_files
         )
-        keep: IO[bytes] = tempfile.TemporaryFile()
-        execute_it = self._execute_by_service if self.service_url else self._execute_here
+        order = self.order(nb, where, len(self._converter.notebooks))
+        result = self._ahead_or_now(run, order, where, files)
         try:
-            execution = execute_it(nb, where, files, keep)
             if self.keep_files:
-                keep_written(keep, files, directory / f"{where['notebook']}{WRITTEN_SUFFIX}")
+                keep_written(result.keep, files, directory / f"{where['notebook']}{WRITTEN_SUFFIX}")
         except BaseException:
-            keep.close()
+            result.keep.close()
             raise
-        if keep.seek(0, os.SEEK_END):
-            work.files = keep
-        return execution
+        if result.keep.seek(0, os.SEEK_END):
+            work.take(result.keep)
+        execution = result.execution
+        return Execution(take_outputs(copy.deepcopy(nb), execution.notebook), execution.report)
 
-    def _execute_here(self, nb: NotebookNode, where: dict[str, str], files: IO[bytes], keep: IO[bytes]) -> Execution:
-        kernel, policy = self._kernel_and_policy(where)
-        return execute(
-            nb,
+    def _ahead_or_now(self, run: Run, order: Order, where: dict[str, str], files: IO[bytes]) -> Result:
+        ahead = run.ahead
+        if ahead is None:
+            return carry_out(order, files)
+        result = ahead.take(where["assignment"], where["student"], where["notebook"], order, files)
+        if result is not None:
+            return result
+        with ahead.alone():
+            return carry_out(order, files)
+
+    def order(self, nb: NotebookNode, where: dict[str, str], notebooks: int) -> Order:
+        """What is to be executed for this sanitised notebook, one of so many of a student's. Raises `SandboxError`."""
+        if self.service_url:
+            return self._service_order(nb, where, notebooks)
+        kernels = run_of(self._converter).kernels
+        name = self._kernel_name(where)
+        if name not in kernels:
+            kernels[name] = self._kernel_and_policy(name)
+        kernel, policy = kernels[name]
+        return LocalOrder(
+            bare(nb),
             kernel,
             policy,
             self._settings(),
-            files=files,
-            keep=keep,
-            skip=self._skipped(nb, where),
-            timeouts=self._timeouts(nb),
-            progress=self._log_progress,
+            frozenset(self._skipped(nb, where)),
+            self._timeouts(nb),
+            self._log_progress,
+            self._nursery(where["assignment"]),
         )
 
-    def _execute_by_service(
-        self, nb: NotebookNode, where: dict[str, str], files: IO[bytes], keep: IO[bytes]
-    ) -> Execution:
-        from nbgrader_aalto import remote  # httpx and pydantic: only those who use the service pay
+    def _nursery(self, assignment: str) -> Nursery | None:
+        """Where this assignment's kernels are forked, if they are. Made once in a run."""
+        run, course = run_of(self._converter), self._converter.coursedir
+        if not (self.warm and run.pays_warmth):
+            return None
+        if assignment not in run.nurseries:
+            steps = (course.source_directory, course.release_directory)
+            directories = [Path(course.format_path(step, ".", assignment)) for step in steps]
+            imports = preimports(next(filter(Path.is_dir, directories), None), self.warm_imports)
+            self.log.info("Imported before kernels start: %s", ", ".join(imports) or "nothing of the assignment's")
+            run.nurseries[assignment] = Nursery(imports)
+        return run.nurseries[assignment]
 
+    def _service_order(self, nb: NotebookNode, where: dict[str, str], notebooks: int) -> ServiceOrder:
         asked = {
             "assignment": where["assignment"],
             "student": where["student"],
@@ -268,11 +201,17 @@ class IsolatedExecute(Execute):
             "settings": dataclasses.asdict(self._settings()),
             "skip": sorted(self._skipped(nb, where)),
             "timeouts": self._timeouts(nb),
-            "keep_files": self.keep_files or len(self._converter.notebooks) > 1,
+            "keep_files": self.keep_files or notebooks > 1,
         }
-        with remote.connect(self.service_url, self.service_token_file, self._course_group()) as client:
-            course = self.service_course or self._converter.coursedir.course_id
-            return remote.execute(client, course, asked, nb, files, keep, self._log_job(where))
+        return ServiceOrder(
+            bare(nb),
+            self.service_url,
+            self.service_token_file,
+            self._course_group(),
+            self.service_course or self._converter.coursedir.course_id,
+            asked,
+            self._log_job(where),
+        )
 
     def _course_group(self) -> int | None:
         """The group of a course of several instructors, who share its token."""
@@ -282,20 +221,15 @@ class IsolatedExecute(Execute):
 
     def _limits_asked(self) -> dict[str, float]:
         """Only what the course set: for the rest, the service has the course's defaults."""
-        configured = self._configured()
-        if local := sorted(_LOCAL_SETTINGS & configured):
+        configured = self.configured()
+        if local := sorted(LOCAL_SETTINGS & configured):
             raise SandboxError(
                 "policy",
                 f"c.IsolatedExecute.{local[0]} is about this machine, and notebooks are executed by {self.service_url}",
                 "remove that line; what student code sees there is in the service's table of this course",
             )
-        limits = dataclasses.asdict(self._limits())
-        return {name: limits[name] for setting, name in _LIMITS.items() if setting in configured}
-
-    def _configured(self) -> set[str]:
-        """Names of the settings that a configuration file or the command line set."""
-        sections = [self.config.get(cls.__name__, {}) for cls in type(self).mro()]
-        return {name for section in sections for name in section}
+        limits = dataclasses.asdict(self.limits())
+        return {name: limits[name] for setting, name in LIMITS.items() if setting in configured}
 
     def _log_job(self, where: dict[str, str]) -> Callable[["JobView"], None]:
         from nbgrader_aalto.remote import words_of
@@ -304,17 +238,6 @@ class IsolatedExecute(Execute):
             self.log.info("Notebook '%s' of student '%s' is %s", where["notebook"], where["student"], words_of(job))
 
         return tell
-
-    def _work(self, where: dict[str, str]) -> "_Work":
-        """The assignment's work directory, which its notebooks share, one after the other, as in stock nbgrader."""
-        converter = self._converter
-        work: _Work | None = getattr(converter, "_isolated_work", None)
-        if work is None or (work.student, work.assignment) != (where["student"], where["assignment"]):
-            if work is not None and work.files is not None:
-                work.files.close()
-            work = _Work(where["student"], where["assignment"])
-            converter._isolated_work = work
-        return work
 
     @property
     def _converter(self) -> Any:
@@ -341,25 +264,10 @@ class IsolatedExecute(Execute):
             return {}
         return {index: self._get_timeout(cell) for index, cell in enumerate(nb.cells)}
 
-    def _limits(self) -> Limits:
-        try:
-            return Limits(
-                wall_seconds=self.wall_seconds,
-                cpu_seconds=self.cpu_seconds,
-                memory_bytes=parse_size(self.memory),
-                processes=self.processes,
-                files_bytes=parse_size(self.files),
-                files_count=self.files_count,
-                cell_output_bytes=parse_size(self.cell_output),
-                output_bytes=parse_size(self.output),
-            )
-        except ValueError as error:
-            raise SandboxError("policy", f"c.IsolatedExecute: {error}", "correct nbgrader_config.py") from error
-
-    def _kernel_and_policy(self, where: dict[str, str]) -> tuple[Kernel, Policy]:
-        spec = self._kernelspec(where)
+    def _kernel_and_policy(self, name: str) -> tuple[Kernel, Policy]:
+        spec = self._kernelspec(name)
         executable = find_executable(spec.argv[0], Path(self.environment) if self.environment else None)
-        policy = environment_policy([executable], environment=self._passed_variables(), limits=self._limits())
+        policy = environment_policy([executable], environment=self._passed_variables(), limits=self.limits())
         visible = [Path(path) for path in self.read_only]
         if spec.resource_dir and any("{resource_dir}" in word for word in spec.argv):
             visible.append(Path(spec.resource_dir))
@@ -407,8 +315,7 @@ class IsolatedExecute(Execute):
         # As in jupyter_client's KernelManager: the kernel of this interpreter.
         return NATIVE_KERNEL_NAME if name == "python" else name
 
-    def _kernelspec(self, where: dict[str, str]) -> KernelSpec:
-        name = self._kernel_name(where)
+    def _kernelspec(self, name: str) -> KernelSpec:
         try:
             if self.environment:
                 return _kernelspec_in(Path(self.environment), name)
@@ -417,8 +324,11 @@ class IsolatedExecute(Execute):
             raise SandboxError("kernel", f"there is no kernel named '{name}' here", "install its kernelspec") from error
 
     def _kernel_name_of_source(self, where: dict[str, str]) -> str:
-        with Gradebook(self._converter.coursedir.db_url, self._converter.coursedir.course_id) as gradebook:
-            stored = gradebook.find_notebook(where["notebook"], where["assignment"]).kernelspec
+        kernelspecs, which = run_of(self._converter).kernelspecs, (where["assignment"], where["notebook"])
+        if which not in kernelspecs:
+            with Gradebook(self._converter.coursedir.db_url, self._converter.coursedir.course_id) as gradebook:
+                kernelspecs[which] = gradebook.find_notebook(where["notebook"], where["assignment"]).kernelspec
+        stored = kernelspecs[which]
         name = (json.loads(stored) if stored else {}).get("name", "")
         return name if isinstance(name, str) else ""
 
@@ -439,9 +349,15 @@ class IsolatedExecute(Execute):
         course = self._converter.coursedir
         directory = course.format_path(course.source_directory, ".", where["assignment"])
         path = os.path.join(directory, f"{where['notebook']}.ipynb")
-        if not os.path.exists(path):
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
             return []
-        return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        known, version = run_of(self._converter).sources, (status.st_ino, status.st_size, status.st_mtime_ns)
+        if path not in known or known[path][0] != version:
+            cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+            known[path] = version, cells
+        return known[path][1]
 
     def _log_progress(self, index: int, state: str) -> None:
         self.log.debug("Cell %d %s", index + 1, state)
@@ -450,28 +366,6 @@ class IsolatedExecute(Execute):
         for name in _HOOKS:
             if getattr(self, name, None) is not None:
                 self.log.warning("c.Execute.%s is not called: cells run in a sandbox", name)
-
-
-_LIMITS = {
-    "memory": "memory_bytes",
-    "files": "files_bytes",
-    "files_count": "files_count",
-    "processes": "processes",
-    "wall_seconds": "wall_seconds",
-    "cpu_seconds": "cpu_seconds",
-    "cell_output": "cell_output_bytes",
-    "output": "output_bytes",
-}
-"""Settings here, and fields of `isolate.policy.Limits`."""
-
-_LOCAL_SETTINGS = frozenset({"environment", "read_only", "tier"})
-
-
-@dataclasses.dataclass
-class _Work:
-    student: str
-    assignment: str
-    files: IO[bytes] | None = None
 
 
 def _grade_id(cell: NotebookNode) -> str | None:
@@ -488,31 +382,3 @@ def _kernelspec_in(prefix: Path, name: str) -> KernelSpec:
         python = str(prefix / "bin" / "python")
         return KernelSpec(argv=[python, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python")
     raise NoSuchKernel(name)
-
-
-def _let_failures_decide(cell: NotebookNode) -> None:
-    """Put errors and stderr before results in a test cell.
-
-    nbgrader's `determine_grade` stops at the first result, so that one displayed by the tested code would
-    otherwise decide over the assertion that fails after it. An honest cell has no result before its error, and one
-    result at the most: the value of its last expression. Which of several is the instructor's cannot be told.
-    """
-    if cell.cell_type != "code" or not cell.metadata.get("nbgrader", {}).get("grade"):
-        return
-    results = [output for output in cell.outputs if output.output_type == "execute_result"]
-    others = [output for output in cell.outputs if output.output_type != "execute_result"]
-    if len(results) > 1:
-        text = "This test cell has several results, so that one of them was displayed by the tested code; no points."
-        others.append(error("SeveralResultsError", text))
-    if any(_is_above(output, cell.metadata["nbgrader"].get("points", 0)) for output in results):
-        text = "The result of this test cell is a number above the cell's points, so that it is no partial credit."
-        others.append(error("ResultAboveMaximumError", text))
-    cell.outputs = [*others, *results]
-
-
-def _is_above(output: NotebookNode, points: float) -> bool:
-    """Whether nbgrader would give up the whole notebook for this result. nbgrader.utils.get_partial_grade"""
-    try:
-        return float(output.data.get("text/plain", "")) > float(points)
-    except ValueError:
-        return False

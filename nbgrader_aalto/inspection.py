@@ -193,7 +193,7 @@ class _Inspection:
                     raise _Enough
                 below = path / entry.name
                 self.name(below)
-                skipped = ignored or _matches(entry.name, patterns)
+                skipped = ignored or is_ignored(entry.name, patterns)
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(status.st_mode):
                     self._directory(directory, below, () if _GLOB.search(entry.name) else patterns, skipped)
@@ -256,7 +256,7 @@ def _kind(status: os.stat_result) -> str:
     return _KINDS.get(stat.S_IFMT(status.st_mode), "of an unknown type")
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def is_ignored(name: str, patterns: Sequence[str]) -> bool:
     """What nbgrader.utils.is_ignored finds by globbing: a wildcard does not match a leading dot."""
     return any(
         name == pattern or (fnmatch.fnmatchcase(name, pattern) and (pattern[0] == "." or name[0] != "."))

@@ -12,7 +12,7 @@ earlier result is kept, the exchange, scores.
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,12 +21,13 @@ from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.converters import Autograde
 from nbgrader.converters.base import NbGraderException
 from nbgrader.nbgraderformat.common import SchemaMismatchError
-from nbgrader.utils import is_grade, is_locked, is_solution
 from traitlets import Bool, Integer
 
 from nbgrader_aalto.configure import ConfigurationError, isolated
 from nbgrader_aalto.converters import CarefulExporter
+from nbgrader_aalto.duplicates import forget_duplicates
 from nbgrader_aalto.inspection import IntakeLimits, Refusal, inspect_submission, printable
+from nbgrader_aalto.window import Window
 
 
 class IntakeExporter(CarefulExporter, NotebookExporter):
@@ -68,6 +69,7 @@ class IntakeExporter(CarefulExporter, NotebookExporter):
     def __init__(self, config: Any = None, **kwargs: Any) -> None:
         self._refused: dict[tuple[str, str], list[Refusal]] = {}
         self._known: dict[str, frozenset[str]] = {}
+        self._window: Window | None = None
         super().__init__(config=config, **kwargs)
 
     @property
@@ -81,14 +83,16 @@ class IntakeExporter(CarefulExporter, NotebookExporter):
         self._set_aside_unmatched(self.converter)
 
     def admits(self, assignment_id: str, student_id: str) -> bool:
-        """Inspect the submission."""
-        refusals = self._inspect(self.converter, assignment_id, student_id)
+        """Inspect the submission, and have those of the next students executed ahead."""
+        if self._window is not None:
+            self._window.turn(assignment_id, student_id)
+        refusals = self.refusals(assignment_id, student_id, self.converter.notebooks)
         if refusals:
             self._refuse(assignment_id, student_id, refusals)
         return not refusals
 
     def wrappers(self) -> dict[str, Callable[..., Any]]:
-        """Metadata of a wrong schema must not end the run for everybody."""
+        """Metadata of a wrong schema must not end the run for everybody; the run has a window."""
         stock = self.converter.convert_single_notebook
 
         def convert_single_notebook(filename: str) -> None:
@@ -98,7 +102,18 @@ class IntakeExporter(CarefulExporter, NotebookExporter):
                 raise NbGraderException(f"{printable(filename)}: nbgrader metadata: {error}") from error
 
         wrappers = super().wrappers()
+        in_turns = wrappers["convert_notebooks"]
+
+        def convert_notebooks() -> None:
+            self._window = Window(self)
+            try:
+                in_turns()
+            finally:
+                self._window.close()
+                self._window = None
+
         wrappers["convert_single_notebook"] = convert_single_notebook
+        wrappers["convert_notebooks"] = convert_notebooks
         return wrappers
 
     def summary(self) -> list[str]:
@@ -147,22 +162,29 @@ class IntakeExporter(CarefulExporter, NotebookExporter):
                 [Refusal("its directory", "has a control character in its name", "Rename it")],
             )
 
-    def _inspect(self, converter: Any, assignment_id: str, student_id: str) -> list[Refusal]:
-        course = converter.coursedir
+    def refusals(self, assignment_id: str, student_id: str, notebooks: Sequence[str]) -> list[Refusal]:
+        """Why this submission, of which nbgrader has found these notebooks (paths), must not be read."""
+        converter, course = self.converter, self.converter.coursedir
         source = os.path.normpath(converter._format_source(assignment_id, student_id))
-        if any(os.path.dirname(path) != source for path in map(os.path.normpath, converter.notebooks)):
+        if any(os.path.dirname(path) != source for path in map(os.path.normpath, notebooks)):
             # glob took a student called "a[b]" for a pattern and found the notebooks of the student "ab"
             return [Refusal("its directory", "has a name that is a wildcard for another student's", "Rename it")]
-        base, inside = split_source(course, converter._input_directory, student_id, assignment_id)
+        base, inside = self.place(assignment_id, student_id)
         refusals = inspect_submission(base, inside, (), self.limits(), course.ignore)
-        if refusals or self.unchanged(assignment_id, student_id):
+        if refusals or self.unchanged(assignment_id, student_id, notebooks):
             return refusals
-        names = self._notebooks(course, assignment_id) & {os.path.basename(path) for path in converter.notebooks}
+        names = self.known_notebooks(assignment_id) & {os.path.basename(path) for path in notebooks}
         return inspect_submission(base, inside, names, self.limits(), course.ignore)
 
-    def _notebooks(self, course: Any, assignment_id: str) -> frozenset[str]:
+    def place(self, assignment_id: str, student_id: str) -> tuple[Path, PurePosixPath]:
+        """Of a submission; see `split_source`."""
+        course = self.converter.coursedir
+        return split_source(course, course.submitted_directory, student_id, assignment_id)
+
+    def known_notebooks(self, assignment_id: str) -> frozenset[str]:
         """The files that nbgrader will parse. It skips other notebooks, and reports an unknown assignment."""
         if assignment_id not in self._known:
+            course = self.converter.coursedir
             with Gradebook(course.db_url, course.course_id) as gradebook:
                 try:
                     notebooks = gradebook.find_assignment(assignment_id).notebooks
@@ -204,22 +226,3 @@ def split_source(course: Any, step: str, student_id: str, assignment_id: str) ->
     first = next((i for i, part in enumerate(template) if "{student_id}" in part), len(template) - 1)
     own = len(template) - first
     return Path(*source.parts[:-own]), PurePosixPath(*source.parts[-own:])
-
-
-def forget_duplicates(notebook: Any) -> list[str]:
-    """Take the nbgrader metadata from all but the last of the cells with one grade_id; returns those ids.
-
-    nbgrader's DeduplicateIds keeps the last one too, but leaves the others with empty metadata, which its own
-    check then takes for an old schema: a student who copied a test cell ended the run for everybody (0.9.6).
-    """
-    seen: set[str] = set()
-    duplicates: list[str] = []
-    for cell in reversed(notebook.cells):
-        if not (is_grade(cell) or is_solution(cell) or is_locked(cell)):
-            continue
-        grade_id = cell.metadata["nbgrader"]["grade_id"]
-        if grade_id in seen:
-            duplicates.append(grade_id)
-            del cell.metadata["nbgrader"]
-        seen.add(grade_id)
-    return duplicates

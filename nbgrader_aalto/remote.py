@@ -21,6 +21,7 @@ from grader_service.token_file import TokenFileError, read_token_file
 from isolate import outputs
 from isolate.notebook import Execution, ExecutionReport, to_bytes
 from isolate.policy import SandboxError
+from nbgrader_aalto.orders import Stop
 
 LAYER = "service"
 """Of the `SandboxError`s here."""
@@ -55,11 +56,12 @@ def execute(
     files: IO[bytes] | None,
     keep: IO[bytes] | None,
     tell: Callable[[JobView], None],
+    stop: Stop | None = None,
 ) -> Execution:
     """Submit, wait, fetch; `tell` is called when the job changes. `asked` has the fields of a `Submission`.
 
-    `keep` receives the work directory when the submission asks for it. A job that is given up (Ctrl-C) is cancelled.
-    Raises `SandboxError` whenever the service gives no score.
+    `keep` receives the work directory when the submission asks for it. A job that is given up (Ctrl-C, `stop`) is
+    cancelled. Raises `SandboxError` whenever the service gives no score.
     """
     try:
         submission = Submission.model_validate(asked)
@@ -68,7 +70,8 @@ def execute(
     try:
         job = client.submit(course, submission, to_bytes(notebook), files)
         try:
-            job = client.wait(job.id, progress=tell)
+            with (stop or Stop()).by(lambda: _give_up(client, job.id)):
+                job = client.wait(job.id, progress=tell)
         except BaseException:
             _give_up(client, job.id)
             raise

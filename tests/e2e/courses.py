@@ -110,6 +110,10 @@ class Course:
             nbformat.write(document, source / f"{name}.ipynb")
         for name, text in (files or {}).items():
             (source / name).write_text(text, encoding="utf-8")
+        self.generate(assignment)
+
+    def generate(self, assignment: str) -> None:
+        """Make the release version of what lies in source/."""
         with self._here():
             result = self._api().generate_assignment(assignment)
         assert result["success"], result

@@ -21,7 +21,7 @@ from nbgrader.utils import determine_grade
 from packaging.requirements import Requirement
 
 from e2e.courses import SECRET, Course, Done, answer, check, code, contents, errors, find, notebook, printed
-from nbgrader_aalto import execute
+from nbgrader_aalto.decisive import let_failures_decide
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("execute")]
 
@@ -623,5 +623,5 @@ def test_a_result_above_the_points_of_its_cell_is_an_error_of_that_cell(text: st
     """nbgrader itself would give up the whole notebook."""
     cell = new_code_cell("f()", outputs=[new_output("execute_result", {"text/plain": text})])
     cell.metadata["nbgrader"] = {"grade": True, "solution": False, "points": 2, "grade_id": "a", "schema_version": 3}
-    execute._let_failures_decide(cell)
+    let_failures_decide(cell)
     assert determine_grade(cell) == (points, 2)
