@@ -105,7 +105,7 @@ class TwoRooms:
                 kernel, self._start = self._warm.start_kernel(stack, self._policy, command, lease, argv)
             os.close(errors_end)
             driver_report = self._drive(job, kernel, errors, lease)
-            if not kernel.finished:
+            if not kernel.ending:  # else who killed it would be us
                 kernel.send("kill")
             kernel_report = kernel.wait()
             if keep is not None and not kernel.kept:

@@ -51,6 +51,8 @@ from isolate.policy import HOME, LANDLOCK_GAPS, WORK, Bind, Policy, Report, Sand
 _WRITABLE_PLACES = ("/tmp", HOME, "/dev/shm")
 _MAX_EVENT_BYTES = 65_536
 _LONGEST_PARENT = 44
+_TEMPLATE_SECONDS = 120.0
+"""Longer than importing takes, which nobody waits for that hangs."""
 _ROOM_PLAN = """
 uid gid limits seccomp argv cwd work below_writable keep_bytes keep_files room_files share_at terminal tier template
 """.split()
@@ -273,9 +275,14 @@ class Sandbox:
             self._launch(stack)
             self._stack = stack.pop_all()
         try:
+            self._socket.settimeout(_TEMPLATE_SECONDS if self._command.template else None)
             while "ready" not in self._events and not self.finished:
                 self.receive()
+            self._socket.settimeout(None)
             self._raise_failure()
+        except TimeoutError:
+            self.__exit__(None, None, None)
+            raise SandboxError("template", f"it was not ready within {_TEMPLATE_SECONDS:g} s") from None
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -422,6 +429,11 @@ class Sandbox:
     def kept(self) -> bool:
         """Whether the room's init came to the end of packing what the command left (see `Command.keep`)."""
         return "exited" in self._events
+
+    @property
+    def ending(self) -> bool:
+        """Whether it ends, or has ended, by itself, and the report will say why."""
+        return self.finished or bool({"exited", "gone"} & self._events.keys())
 
     def _explain(self, limit: str) -> str:
         return explain_limit(limit, self._policy)

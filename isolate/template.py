@@ -8,7 +8,7 @@
 Its command line and environment are those of its kernels, since whoever is forked shows them. It reads no file but
 modules and hears nothing but jobs. A job's plan, archive and sockets come by descriptors, which only the forked
 process reads. A package that asks for IPython's shell while it is imported cannot be imported beforehand, because
-there is none yet: the template then starts again without it.
+there is none yet, and one that writes or warns is to do so in the notebook: the template starts again without them.
 
 Standard library only, for any Python from 3.9; its source and that of `isolate.room` come through a descriptor, since
 a course's environment does not have this package.
@@ -23,12 +23,14 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -53,7 +55,7 @@ def main() -> NoReturn:
         started = time.monotonic()
         sys.path[:] = [*state["paths"], *(entry for entry in sys.path if entry)]
         os.environ.update(state["variables"])
-        refused = _import_all(state["imports"])
+        refused = _import_all(state["imports"], state["kernel_imports"])
         if refused:
             _start_again(state, refused, caps)
         with contextlib.suppress(Exception):
@@ -85,15 +87,36 @@ def _threads() -> int:
         os.close(task)
 
 
-def _import_all(names: list[str]) -> list[str]:
-    """Import what can be imported. Those whose import asked for the shell."""
+def _import_all(names: list[str], kernel_imports: list[str]) -> list[str]:
+    """Import what can be imported. Those that asked for the shell, or said something and are not the kernel's."""
     refused = []
     for name in names:
-        with _watching_for_shells() as asked, contextlib.suppress(Exception):
-            importlib.import_module(name)
-        if asked and name not in _ASK_AGAIN:
+        said = _bytes_said()
+        with _warning_as_in_a_notebook(), _watching_for_shells() as asked, contextlib.suppress(Exception):
+            __import__(name)  # warnings for who imports are for this module then
+        if (asked and name not in _ASK_AGAIN) or (_bytes_said() > said and name not in kernel_imports):
             refused.append(name)
     return refused
+
+
+@contextlib.contextmanager
+def _warning_as_in_a_notebook() -> Iterator[None]:
+    """Which shows warnings of deprecation, too, where they are for itself. What an import filters stays filtered."""
+    warnings.filterwarnings("default", category=DeprecationWarning, module=re.escape(__name__))
+    entry = warnings.filters[0]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            warnings.filters.remove(entry)  # type: ignore[attr-defined]
+        warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+def _bytes_said() -> int:
+    """In stdout and stderr, which are a file while the template starts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return os.fstat(1).st_size
 
 
 @contextlib.contextmanager

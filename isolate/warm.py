@@ -122,6 +122,8 @@ class _Template:
     """A running one. Closed with its stack; raises `SandboxError` when it cannot be had."""
 
     def __init__(self, recipe: Recipe) -> None:
+        self.lost = False
+        """Whether it has been found to be gone."""
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(open(os.memfd_create("isolate-source"), "w+b"))
@@ -135,6 +137,7 @@ class _Template:
                 "variables": dict(recipe.variables),
                 "paths": list(recipe.paths),
                 "imports": list(recipe.imports),
+                "kernel_imports": list(_KERNEL_IMPORTS),
                 "excluded": [],
                 "program": recipe.program,
                 "rehearsal": recipe.rehearsal,
@@ -150,7 +153,8 @@ class _Template:
             except SandboxError as error:
                 words.seek(0)
                 said = last_words(words.read(1 << 16))
-                raise SandboxError("template", f"{error}" + (f"; it said: {said}" if said else "")) from error
+                cause = error.cause if error.layer == "template" else str(error)
+                raise SandboxError("template", cause + (f"; it said: {said}" if said else "")) from error
             self._stack = stack.pop_all()
 
     @property
@@ -158,7 +162,7 @@ class _Template:
         """Whether it has ended by itself: unused for long, or killed."""
         poll = select.poll()
         poll.register(self.sandbox, select.POLLIN)
-        return bool(poll.poll(0))
+        return self.lost or bool(poll.poll(0))
 
     def close(self) -> None:
         self._stack.close()
@@ -182,6 +186,7 @@ class Nursery:
         self._cold: dict[str, str] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._closed = False
         self._owner = os.getpid()
 
     def __enter__(self) -> Self:
@@ -193,10 +198,11 @@ class Nursery:
         self.close()
 
     def close(self) -> None:
-        """End all templates, and what still runs in them."""
+        """End all templates, and what still runs in them; nothing starts any more."""
         if os.getpid() != self._owner:
             return
         with self._lock:
+            self._closed = True
             templates, self._templates = list(self._templates.values()), {}
         for one in templates:
             one.close()
@@ -247,18 +253,20 @@ class Nursery:
         lease: Lease | None,
     ) -> tuple[Sandbox, str]:
         """Enter a sandbox on `stack`: of the recipe's template, or else cold; as `start_kernel`."""
-        found = self._template(recipe)
-        if isinstance(found, _Template):
+        for _ in range(2):
+            found = self._template(recipe)
+            if not isinstance(found, _Template):
+                break
             try:
                 return stack.enter_context(Sandbox(policy, warm, lease=lease, template=found.sandbox)), "warm"
             except SandboxError as error:
                 if error.layer != "template":
                     raise
-                found = str(error)  # it ended after we had looked
+                found.lost, found = True, error.cause  # it ended after we had looked
         return stack.enter_context(Sandbox(policy, cold, lease=lease)), f"cold: {found}"
 
     def _template(self, recipe: Recipe) -> "_Template | str":
-        """The template for this, or why there is none."""
+        """The template for this, or why there is none. Raises `SandboxError` when the nursery is closed."""
         if recipe.policy.tier != "namespaces":
             return f"the {recipe.policy.tier} tier has no templates"
         if recipe.policy.writable:
@@ -267,14 +275,26 @@ class Nursery:
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
+            self._refuse_when_closed()
             if key in self._cold:
                 return self._cold[key]
             found = self._templates.get(key)
             if found is None or found.ended:
+                if found is not None:
+                    found.close()
                 try:
                     found = _Template(recipe)
                 except SandboxError as error:
                     self._cold[key] = str(error)
                     return str(error)
-                self._templates[key] = found
+                with self._lock:
+                    if not self._closed:
+                        self._templates[key] = found
+                        return found
+                found.close()
+                self._refuse_when_closed()
             return found
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise SandboxError("template", "there are no more kernels, since the run has ended")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from e2e import host
-from isolate import warm
+from isolate import sandbox, warm
 from isolate.notebook import Execution, Kernel
 from isolate.policy import SandboxError
 from isolate.warm import Nursery
@@ -68,6 +68,33 @@ def test_a_package_that_asks_for_the_shell_is_imported_by_the_kernel(run_cells: 
             warm=one,
         )
     assert (done.report.start, _text(done)) == ("warm", "False\n")
+
+
+@pytest.mark.parametrize("name", ["this", "imp"])
+def test_what_a_package_says_when_imported_is_said_in_the_notebook(run_cells: Run, name: str) -> None:
+    """`this` prints, `imp` warns."""
+    with Nursery(["wave", name]) as one:
+        done = run_cells(f"import sys; print('wave' in sys.modules, {name!r} in sys.modules); import {name}", warm=one)
+    assert done.report.start == "warm"
+    assert _text(done).startswith("True False\n")
+    assert len(_text(done)) > 50
+
+
+def test_a_template_that_hangs_is_none(run_cells: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = warm._source
+    monkeypatch.setattr(warm, "_source", lambda: "import time; time.sleep(600)\n" + source())
+    monkeypatch.setattr(sandbox, "_TEMPLATE_SECONDS", 0.5)
+    with Nursery() as one:
+        done = run_cells("print(1)", warm=one)
+    assert done.report.start == "cold: template: it was not ready within 0.5 s"
+    assert _text(done) == "1\n"
+
+
+def test_a_closed_nursery_starts_nothing(run_cells: Run) -> None:
+    one = Nursery()
+    one.close()
+    with pytest.raises(SandboxError, match="the run has ended"):
+        run_cells("1", warm=one)
 
 
 def test_a_kernel_that_is_not_ipythons_starts_cold(run_cells: Run, kernel: Kernel, nursery: Nursery) -> None:
