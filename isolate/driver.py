@@ -23,6 +23,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from isolate import lean  # noqa: F401
+
+# isort: split
 import nbformat
 import zmq
 from jupyter_client.asynchronous.client import AsyncKernelClient

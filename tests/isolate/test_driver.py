@@ -5,6 +5,8 @@ import json
 import os
 import queue
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -369,3 +371,9 @@ def test_the_error_of_a_reply_is_recorded_once(made: Callable[..., Driver]) -> N
     assert "showtraceback was disabled" in cell.outputs[0].traceback[0]
     runner.on_error_in_reply(cell=cell, cell_index=0, execute_reply={"content": {"status": "ok"}})
     assert len(cell.outputs) == 1
+
+
+def test_the_drivers_own_start_does_without_parsers_that_it_does_not_need() -> None:
+    code = "import sys, isolate.driver; print('lark' in sys.modules, sys.modules.get('rfc3987_syntax', 0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == "False 0\n"
