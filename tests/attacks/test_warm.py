@@ -101,6 +101,11 @@ print(json.dumps(numbers))
         assert len(set(numbers)) == len(drawn)
 
 
+def _has_power_under_the_kernels_name(place: Path) -> bool:
+    status = dict(line.split(":", 1) for line in place.joinpath("status").read_text().splitlines())
+    return int(status["CapEff"], 16) != 0 and "isolate" not in place.joinpath("cmdline").read_text()
+
+
 def test_descriptors_environment_and_command_line_of_a_template(attacker: Attacker, tmp_path: Path) -> None:
     """Seen from the host: nothing of a student and no secret in what the template's process is, or has open."""
     mark = secrets.token_hex(12)
@@ -112,8 +117,7 @@ def test_descriptors_environment_and_command_line_of_a_template(attacker: Attack
         place = Path(f"/proc/{pid}")
         seen = place.joinpath("environ").read_bytes() + place.joinpath("cmdline").read_bytes()
         assert attacker.token.encode() not in seen
-        status = dict(line.split(":", 1) for line in place.joinpath("status").read_text().splitlines())
-        assert int(status["CapEff"], 16) == 0 or "isolate" in place.joinpath("cmdline").read_text()
+        assert eventually(lambda place=place: not _has_power_under_the_kernels_name(place))  # a room's own helpers have
         links = [os.readlink(link) for link in place.joinpath("fd").iterdir()]
         assert not [link for link in links if str(attacker.directory) in link or link.startswith("/root")]
         looked += 1

@@ -80,7 +80,7 @@ def finish(document: bytes | None) -> Execution | None:
     before = copy.deepcopy(asked.notebook)
     execution, refused = None, None
     try:
-        execution = asked.finish(rooms.Outcome(room, room, document))
+        execution = asked.finish(rooms.Outcome(room, room, document, "cold"))
     except SandboxError as error:
         refused = error
     assert asked.notebook == before, "the caller's own notebook was changed"
@@ -568,7 +568,7 @@ def take_greedy(name: str) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_SECONDS, MOST_CPU_SECONDS))
     room = Report("exited", exit_code=0)
     with contextlib.suppress(SandboxError):
-        job().finish(rooms.Outcome(room, room, document))
+        job().finish(rooms.Outcome(room, room, document, "cold"))
 
 
 # A driver that is somebody else's, in the real rooms.
