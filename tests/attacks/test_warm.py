@@ -110,7 +110,7 @@ def test_descriptors_environment_and_command_line_of_a_template(attacker: Attack
     """Seen from the host: nothing of a student and no secret in what the template's process is, or has open."""
     mark = secrets.token_hex(12)
     wait = "import time; print('up', flush=True); time.sleep(60)"
-    running = attacker.start_code(wait, env={"MARK": mark}, files={"own": "x"}, limits={"wall_seconds": 4})
+    running = attacker.start_code(wait, env={"MARK": mark}, files={"own": "x"}, limits={"wall_seconds": 50})
     running.hear("up")
     looked = 0
     for pid in marked(mark):
@@ -122,7 +122,7 @@ def test_descriptors_environment_and_command_line_of_a_template(attacker: Attack
         assert not [link for link in links if str(attacker.directory) in link or link.startswith("/root")]
         looked += 1
     assert looked >= 2
-    running.finish()
+    running.process.kill()
     assert eventually(lambda: not marked(mark))
 
 
