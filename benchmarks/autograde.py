@@ -21,7 +21,7 @@ from pathlib import Path
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
-from sandbox import machine
+from sandbox import IPYKERNEL, machine
 
 from isolate.environment import environment_policy, home_files
 from isolate.notebook import Kernel, execute
@@ -95,8 +95,7 @@ class Alone:
 
     def __init__(self, nursery: Nursery) -> None:
         python = Path(sys.executable)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        self._kernel, self._nursery = Kernel(argv, home_files=home_files(python)), nursery
+        self._kernel, self._nursery = Kernel(IPYKERNEL, home_files=home_files(python)), nursery
         self._policy = environment_policy([python])
 
     def processor_seconds(self, sources: list[str]) -> float:

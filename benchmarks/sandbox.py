@@ -139,7 +139,7 @@ def _spec(directory: Path, argv: Sequence[str], **metadata: object) -> None:
 
 
 _SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-_IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +150,14 @@ class Kernels:
 
     def write(self) -> None:
         kernels = self.directory / "kernels"
-        _spec(kernels / "plain", _IPYKERNEL)
+        _spec(kernels / "plain", IPYKERNEL)
         runtime = str(self.directory)
         # The connection file and the sockets must be the host's; the network namespace is the sandbox's own. In a
         # new PID namespace ipykernel takes its parent for dead, unless it is not told to watch it.
         words = ["--bind", runtime, runtime, "--unsetenv", "JPY_PARENT_PID"]
-        _spec(kernels / "bwrap", [str(BWRAP), *SEPARATE, *words, *_IPYKERNEL])
+        _spec(kernels / "bwrap", [str(BWRAP), *SEPARATE, *words, *IPYKERNEL])
         provisioner = {"provisioner_name": "isolate", "config": {"policy": {}}}
-        _spec(kernels / "isolate", _IPYKERNEL, kernel_provisioner=provisioner)
+        _spec(kernels / "isolate", IPYKERNEL, kernel_provisioner=provisioner)
 
     def manager(self, name: str) -> KernelManager:
         specs = KernelSpecManager(kernel_dirs=[str(self.directory / "kernels")], ensure_native_kernel=False)
@@ -196,7 +196,7 @@ def two_rooms() -> Sample:
             first["counting"] = time.perf_counter() - finished
 
     started = time.perf_counter()
-    done = execute(_notebook(), Kernel(_IPYKERNEL), policy, progress=told)
+    done = execute(_notebook(), Kernel(IPYKERNEL), policy, progress=told)
     whole = time.perf_counter() - started
     assert done.notebook.cells[0].outputs[0].data["text/plain"] == "2", done.report
     return {**first, "whole": whole - first["counting"]}

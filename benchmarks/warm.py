@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
-from sandbox import Kernels, Measured, Sample, machine, memory_of_children, table, take_turns
+from sandbox import IPYKERNEL, Kernels, Measured, Sample, machine, memory_of_children, table, take_turns
 
 from isolate.environment import environment_policy, home_files
 from isolate.notebook import Kernel, execute
@@ -27,7 +27,7 @@ NUMERIC = "import numpy, pandas, matplotlib.pyplot"
 CODES = {"`1 + 1`": "1 + 1", f"`{NUMERIC}`": NUMERIC}
 _AT_ONCE = 4
 _PYTHON = Path(sys.executable)
-_KERNEL = Kernel([str(_PYTHON), "-m", "ipykernel_launcher", "-f", "{connection_file}"], home_files=home_files(_PYTHON))
+_KERNEL = Kernel(IPYKERNEL, home_files=home_files(_PYTHON))
 
 
 def _run(code: str, nursery: Nursery | None, told: "dict[str, float]", wait: "threading.Event | None" = None) -> None:

@@ -217,7 +217,7 @@ def _make_template_places(plan: Plan) -> None:
     flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
     covered = room.open_what_will_be_covered(plan)
     with step("files", "mount writable places for the template"):
-        for place in ("/tmp", "/home/student", "/dev/shm"):
+        for place in room.WRITABLE_PLACES:
             syscalls.mount("tmpfs", place, "tmpfs", flags, f"size={_TEMPLATE_BYTES},nr_inodes=4096,mode=755")
     room.show_again(covered)
     for path, text in plan["template"]["files"].items():

@@ -62,7 +62,7 @@ def receive(box: socket.socket) -> Request | None:
         return None  # the end, or the word for it
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # recv_fds leaves it to be inherited
-    return Request(dict(zip(json.loads(data)["names"], descriptors, strict=True)))
+    return Request(dict(zip(json.loads(data), descriptors, strict=True)))
 
 
 def serve(

@@ -162,13 +162,12 @@ class Leftovers:
 def _fork_sandbox(
     plan: Plan,
     box: socket.socket,
-    group: cgroups.Group | None,
-    private: confined.PrivateDirectory | None,
-    leftovers: Leftovers,
+    things: "Things",
     diagnostics: socket.socket | None,
     jobs: socket.socket | None = None,
 ) -> Started:
     """Fork the first process of a sandbox, or of a base with a template that hears `jobs`. Raises `BuildError`."""
+    private, group, leftovers = things.private, things.group, things.leftovers
     trees = base.open_trees_as_root(plan) if private is None else None
     launcher_pid = os.getpid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -269,7 +268,7 @@ def _keep_template(plan: Plan, box: socket.socket) -> dict[str, Any]:
     jobs, jobs_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with contextlib.closing(Things(plan)) as things:
         with jobs_end:
-            started = _fork_sandbox(plan, box, things.group, None, things.leftovers, None, jobs_end)
+            started = _fork_sandbox(plan, box, things, None, jobs_end)
 
         def run_job(request: forks.Request) -> None:
             if things.leftovers.guard is not None:
@@ -325,7 +324,7 @@ def main(box_fd: int, plan_fd: int) -> int:
         return _report(box, lambda: _keep_template(plan, box))
 
     def fork(things: Things, diagnostics: socket.socket) -> Started:
-        return _fork_sandbox(plan, box, things.group, things.private, things.leftovers, diagnostics)
+        return _fork_sandbox(plan, box, things, diagnostics)
 
     return _report(box, lambda: _run(plan, box, fork))
 

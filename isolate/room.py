@@ -33,6 +33,8 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 WALLS = ("no capabilities", "no_new_privs", "seccomp", "rlimits")
 """What `close_walls` and `start` put in force, for the report."""
 
+WRITABLE_PLACES = ("/tmp", "/home/student", "/dev/shm")
+
 INSIDE_ID = 1000
 """The uid and gid that code inside sees as its own, on every host."""
 
@@ -229,7 +231,7 @@ def finish(plan: Plan, box: socket.socket, keep: IO[bytes] | None, status: int) 
 
 def _landlock_rules(plan: Plan) -> list[landlock.Rule]:
     """All is to be read; written is what is the room's own, or shown writable. Nothing below /proc is written."""
-    writable = ["/tmp", "/home/student", "/dev/shm"]
+    writable = list(WRITABLE_PLACES)
     writable += [entry["target"] for entry in plan["mounts"] if entry["kind"] == "writable"]
     devices = [f"/dev/{name}" for name in DEVICES]
     return [

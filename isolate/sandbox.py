@@ -47,8 +47,8 @@ from typing import IO, Any, Self
 import isolate
 from isolate import landlock, seccomp, uids
 from isolate.policy import HOME, LANDLOCK_GAPS, WORK, Bind, Policy, Report, SandboxError
+from isolate.room import WRITABLE_PLACES
 
-_WRITABLE_PLACES = ("/tmp", HOME, "/dev/shm")
 _MAX_EVENT_BYTES = 65_536
 _LONGEST_PARENT = 44
 _TEMPLATE_SECONDS = 120.0
@@ -173,7 +173,7 @@ def _template_plan(program: TemplateProgram | None, uid: int | None) -> dict[str
 
 def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
     mounts = _mount_entries(policy)
-    directories = [*_WRITABLE_PLACES, "/run"]
+    directories = [*WRITABLE_PLACES, "/run"]
     if command.share_at is not None:
         directories.append(command.share_at)
     return {
@@ -183,7 +183,7 @@ def _plan(policy: Policy, command: Command, uid: int | None) -> dict[str, Any]:
         "below_writable": [
             entry["target"]
             for entry in mounts
-            if entry["kind"] != "hidden" and any(_is_below(entry["target"], place) for place in _WRITABLE_PLACES)
+            if entry["kind"] != "hidden" and any(_is_below(entry["target"], place) for place in WRITABLE_PLACES)
         ],
         "files": _ETC,
         "directories": directories,
@@ -324,7 +324,7 @@ class Sandbox:
                     named[name] = file.fileno()
             named |= {f"pass{number}": descriptor for number, descriptor in enumerate(command.pass_fds)}
             try:
-                socket.send_fds(self._socket, [json.dumps({"names": list(named)}).encode()], list(named.values()))
+                socket.send_fds(self._socket, [json.dumps(list(named)).encode()], list(named.values()))
             except OSError as error:
                 raise SandboxError("template", f"it has ended: {error.strerror}") from error
 

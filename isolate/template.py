@@ -16,7 +16,6 @@ a course's environment does not have this package.
 
 from __future__ import annotations
 
-import array
 import atexit
 import contextlib
 import gc
@@ -28,7 +27,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,7 +50,6 @@ def main() -> NoReturn:
     with room.report_failures(box):
         caps = (syscalls.CAP_SETGID, syscalls.CAP_SETUID) if state["changes_uid"] else ()
         syscalls.hold_capabilities(*caps)
-        started = time.monotonic()
         sys.path[:] = [*state["paths"], *(entry for entry in sys.path if entry)]
         os.environ.update(state["variables"])
         refused = _import_all(state["imports"], state["kernel_imports"])
@@ -69,9 +66,7 @@ def main() -> NoReturn:
         gc.freeze()
         os.close(SOURCE)
         os.close(STATE)
-        room.send_event(
-            box, "ready", layers=state["layers"], excluded=state["excluded"], seconds=time.monotonic() - started
-        )
+        room.send_event(box, "ready", layers=state["layers"])
     box.close()
     with socket.socket(fileno=JOBS) as jobs:
         _serve(jobs, state)
@@ -140,7 +135,6 @@ def _watching_for_shells() -> Iterator[list[bool]]:
 
 def _start_again(state: dict[str, Any], refused: list[str], caps: tuple[int, ...]) -> NoReturn:
     state["imports"] = [name for name in state["imports"] if name not in refused]
-    state["excluded"] += refused
     os.ftruncate(STATE, 0)
     os.pwrite(STATE, json.dumps(state).encode(), 0)
     for descriptor in (SOURCE, STATE):
@@ -156,7 +150,7 @@ def _serve(jobs: socket.socket, state: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     own_pid = os.getpid()
     while True:
-        message, descriptors = _receive(jobs)
+        message, descriptors, _, _ = socket.recv_fds(jobs, _MAX_MESSAGE_BYTES, _MAX_DESCRIPTORS)
         if not message:
             return
         if os.fork() == 0:
@@ -164,17 +158,6 @@ def _serve(jobs: socket.socket, state: dict[str, Any]) -> None:
             _become_room(dict(zip(json.loads(message), descriptors)), own_pid, state)  # noqa: B905  # not in 3.9
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-def _receive(jobs: socket.socket) -> tuple[bytes, list[int]]:
-    """socket.recv_fds, whose descriptors are here and are inherited by nobody. recvmsg(2)"""
-    size = array.array("i").itemsize
-    message, ancillary, _, _ = jobs.recvmsg(_MAX_MESSAGE_BYTES, socket.CMSG_LEN(_MAX_DESCRIPTORS * size))
-    descriptors = array.array("i")
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            descriptors.frombytes(data[: len(data) - len(data) % size])
-    return message, list(descriptors)
 
 
 def _become_room(found: dict[str, int], template: int, state: dict[str, Any]) -> NoReturn:

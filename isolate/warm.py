@@ -6,8 +6,8 @@ A `Nursery` belongs to one owner, say one run of autograde, and keeps templates:
 (interpreter, environment variables, view, imports), and one for the driver rooms. A template starts on first use,
 is replaced when packages were installed, and ends with the nursery, with its owner's process, or unused.
 
-What its kernels import beyond that is found by rehearsal: one throwaway kernel runs the imports and says what it has
-loaded; the list is kept in the user's cache. No student's code ever runs in a template or before a rehearsal.
+It imports what every kernel imports late, then what its owner asks for, and does once what each process would do for
+the first time (`rehearsal`). No student's code ever runs in a template.
 
 Where a template cannot be had, the kernel starts cold, in the same two rooms, and `start` of the report says why.
 What is the same in all kernels of a template, and is not in cold ones: the seed of hash() of strings, and the addresses
@@ -95,18 +95,10 @@ class Recipe:
     def key(self) -> str:
         view = [[str(bind.source), str(bind.target)] for bind in self.policy.read_only]
         hidden = [str(path) for path in self.policy.hidden]
-        environment = dict(sorted(self.policy.environment.items()))
-        parts = [
-            list(self.python),
-            view,
-            hidden,
-            environment,
-            self.program,
-            list(self.imports),
-            sorted(self.files),
-            self.share_at,
-        ]
-        return hashlib.sha256(json.dumps([*parts, _stamps(self.python[0])]).encode()).hexdigest()
+        environment = dict(self.policy.environment)
+        shown = [view, hidden, environment, sorted(self.files), self.share_at]
+        parts = [list(self.python), self.program, list(self.imports), *shown, _stamps(self.python[0])]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _stamps(python: str) -> list[list[Any]]:
@@ -124,21 +116,18 @@ class _Template:
     def __init__(self, recipe: Recipe) -> None:
         self.lost = False
         """Whether it has been found to be gone."""
-        self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(open(os.memfd_create("isolate-source"), "w+b"))
             source.write(_source().encode())
             source.seek(0)
             words = stack.enter_context(open(os.memfd_create("isolate-words"), "w+b"))
-            environment = dict(recipe.policy.environment)
             state = {
                 "argv": [*recipe.python, "-c", _START],
-                "environment": environment,
+                "environment": dict(recipe.policy.environment),
                 "variables": dict(recipe.variables),
                 "paths": list(recipe.paths),
                 "imports": list(recipe.imports),
                 "kernel_imports": list(_KERNEL_IMPORTS),
-                "excluded": [],
                 "program": recipe.program,
                 "rehearsal": recipe.rehearsal,
             }
@@ -275,26 +264,27 @@ class Nursery:
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
-            self._refuse_when_closed()
+            if self._closed:
+                raise _run_has_ended()
             if key in self._cold:
                 return self._cold[key]
             found = self._templates.get(key)
-            if found is None or found.ended:
-                if found is not None:
-                    found.close()
-                try:
-                    found = _Template(recipe)
-                except SandboxError as error:
-                    self._cold[key] = str(error)
-                    return str(error)
-                with self._lock:
-                    if not self._closed:
-                        self._templates[key] = found
-                        return found
+            if found is not None:
+                if not found.ended:
+                    return found
                 found.close()
-                self._refuse_when_closed()
-            return found
+            try:
+                found = _Template(recipe)
+            except SandboxError as error:
+                self._cold[key] = str(error)
+                return str(error)
+            with self._lock:
+                if not self._closed:
+                    self._templates[key] = found
+                    return found
+            found.close()
+            raise _run_has_ended()
 
-    def _refuse_when_closed(self) -> None:
-        if self._closed:
-            raise SandboxError("template", "there are no more kernels, since the run has ended")
+
+def _run_has_ended() -> SandboxError:
+    return SandboxError("template", "there are no more kernels, since the run has ended")

@@ -57,14 +57,10 @@ class Run:
         self._work.take(None)
         if self.ahead is not None:
             self.ahead.stop()
-        self._close_nurseries()
-        if self.ahead is not None:
-            self.ahead.join()
-            self._close_nurseries()  # a thread may have been making a template
-
-    def _close_nurseries(self) -> None:
         for nursery in self.nurseries.values():
             nursery.close()
+        if self.ahead is not None:
+            self.ahead.join()
 
 
 def run_of(converter: Any) -> Run:

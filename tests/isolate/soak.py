@@ -215,22 +215,23 @@ def _descriptors() -> collections.Counter[str]:
     return found
 
 
-def _below() -> tuple[list[str], list[str]]:
-    """Names of the living processes and of the dead ones below this process. proc_pid_stat(5)"""
-    parents: dict[int, list[tuple[int, str, bool]]] = {}
+def _below() -> dict[int, tuple[str, bool]]:
+    """Pid -> name and whether it is dead, of all below this process. proc_pid_stat(5)"""
+    children: dict[int, list[tuple[int, str, bool]]] = {}
     for name in os.listdir("/proc"):
         if name.isdecimal():
             with contextlib.suppress(OSError):
                 head, _, tail = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")
                 state, parent = tail.split()[:2]
                 entry = (int(name), head.partition("(")[2], state in "ZX")
-                parents.setdefault(int(parent), []).append(entry)
-    living, dead, waiting = [], [], [os.getpid()]
+                children.setdefault(int(parent), []).append(entry)
+    found: dict[int, tuple[str, bool]] = {}
+    waiting = [os.getpid()]
     while waiting:
-        for pid, comm, is_dead in parents.get(waiting.pop(), []):
+        for pid, comm, is_dead in children.get(waiting.pop(), []):
             waiting.append(pid)
-            (dead if is_dead else living).append(f"{comm} ({pid})")
-    return living, dead
+            found[pid] = comm, is_dead
+    return found
 
 
 def _names(path: str, pattern: str = "") -> set[str]:
@@ -247,13 +248,34 @@ def _mounts(pid: str) -> set[str]:
 
 
 def _groups() -> set[str]:
-    """Walked by `os.walk`, which passes by what somebody else's sandbox removes at the moment."""
+    """Of launchers of ours and of dead ones: another test's sandbox may run as long as it likes.
+
+    Walked by `os.walk`, which passes by what somebody else's sandbox removes at the moment.
+    """
     walked = os.walk("/sys/fs/cgroup")
-    return {f"{where}/{name}" for where, names, _ in walked for name in names if name.startswith("isolate")}
+    found = {f"{where}/{name}" for where, names, _ in walked for name in names if name.startswith("isolate")}
+    below = _below()
+
+    def is_anothers(group: str) -> bool:
+        with contextlib.suppress(ValueError, OSError):
+            pid, began = os.path.basename(group).split("-")[1:3]
+            tail = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            return tail[0] not in "ZX" and tail[19] == began and int(pid) not in below
+        return False
+
+    return {group for group in found if not is_anothers(group)}
 
 
 def _sockets() -> set[str]:
-    return set(re.findall(r"@isolate\S*", Path("/proc/net/unix").read_text(errors="replace")))
+    """Abstract ones that this process or one below it holds: there is none without a holder. unix(7)"""
+    held = set()
+    for pid in (os.getpid(), *_below()):
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    held |= set(re.findall(r"^socket:\[(\d+)\]$", os.readlink(f"/proc/{pid}/fd/{name}")))
+    lines = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()]
+    return {line[7] for line in lines if len(line) == 8 and line[7].startswith("@isolate") and line[6] in held}
 
 
 HOST: dict[str, Callable[[], set[str]]] = {
@@ -279,7 +301,8 @@ class Census:
 
     @classmethod
     def take(cls) -> "Census":
-        living, dead = _below()
+        below = [(f"{comm} ({pid})", is_dead) for pid, (comm, is_dead) in _below().items()]
+        living, dead = ([name for name, is_dead in below if is_dead is which] for which in (False, True))
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         host = {name: look() for name, look in HOST.items()}
         return cls(_descriptors(), living, dead, threading.active_count(), resident, host)
