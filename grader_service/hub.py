@@ -124,7 +124,8 @@ class Hub:
             trust_env=False,  # a proxy of the environment would be shown tokens
             follow_redirects=False,  # so would be another host
             timeout=httpx.Timeout(deadline_seconds),
-            limits=httpx.Limits(max_connections=_MOST_AT_ONCE, max_keepalive_connections=_MOST_AT_ONCE),
+            # none is kept: the hub or a proxy before it may close one just when the next question is sent on it
+            limits=httpx.Limits(max_connections=_MOST_AT_ONCE, max_keepalive_connections=0),
         )
 
     async def close(self) -> None:

@@ -74,10 +74,10 @@ class Session:
             if message["parent_header"].get("msg_id") == identifier and message["msg_type"] == "stream":
                 return
 
-    def finish(self) -> str:
-        """Wait for what `begin` began; the name of its error."""
+    def finish(self, timeout: float = LONG) -> str:
+        """Wait for what `begin` began; the name of its error. Raises `queue.Empty`."""
         while True:
-            reply = self.client.get_shell_msg(timeout=LONG)
+            reply = self.client.get_shell_msg(timeout=timeout)
             if reply["msg_type"] == "execute_reply":
                 return str(reply["content"].get("ename", ""))
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import stat
@@ -288,8 +289,13 @@ def test_bash_in_a_sandbox(specs: Specs) -> None:
         assert "No such file" in session.run("cat /etc/shadow")
         assert "the-hubs-token" not in session.run("env")
         session.begin("echo begun; sleep 600")
-        session.manager.interrupt_kernel()
-        session.finish()
+        for _ in range(5):  # bash_kernel may miss one that comes between the two commands: a user presses again
+            session.manager.interrupt_kernel()
+            with contextlib.suppress(queue.Empty):
+                session.finish(LONG / 5)
+                break
+        else:
+            pytest.fail("it cannot be interrupted")
         assert session.run("echo back") == "back\n"
 
 
