@@ -74,10 +74,10 @@ class Session:
             if message["parent_header"].get("msg_id") == identifier and message["msg_type"] == "stream":
                 return
 
-    def finish(self, timeout: float = LONG) -> str:
-        """Wait for what `begin` began; the name of its error. Raises `queue.Empty`."""
+    def finish(self) -> str:
+        """Wait for what `begin` began; the name of its error."""
         while True:
-            reply = self.client.get_shell_msg(timeout=timeout)
+            reply = self.client.get_shell_msg(timeout=LONG)
             if reply["msg_type"] == "execute_reply":
                 return str(reply["content"].get("ename", ""))
 
