@@ -312,6 +312,7 @@ def main(box_fd: int, plan_fd: int) -> int:
         plan: Plan = json.load(file)
     syscalls.overwrite_command_line(b"isolate")
     syscalls.set_child_subreaper()
+    room.default_signals()  # whoever starts us may ignore or block SIGCHLD, by which a room's init learns of ends
     # Ctrl-C and a hang-up are the owner's business; it closes the socket when it wants us to stop.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)

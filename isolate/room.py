@@ -423,10 +423,7 @@ def start(plan: Plan, box: socket.socket, close_last_walls: Callable[[], None], 
         with report_failures(box):
             limit_resources(plan["limits"])
             close_last_walls()
-        for number in range(1, signal.NSIG):
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        default_signals()
         try:
             os.chdir(plan["cwd"])
         except OSError as error:
@@ -438,6 +435,14 @@ def start(plan: Plan, box: socket.socket, close_last_walls: Callable[[], None], 
         become(plan)
     finally:
         os._exit(126)
+
+
+def default_signals() -> None:
+    """Every signal does what it does by default, and none is blocked: both outlive fork and execve. signal(7)"""
+    for number in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 def reap_until_end(main_pid: int, box: socket.socket, kill_others: Callable[[], None]) -> int:
