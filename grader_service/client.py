@@ -20,6 +20,7 @@ import httpx
 
 from grader_service import calls
 from grader_service.schemas import ENDED, CourseView, JobPage, JobView, Submission
+from grader_service.values import is_loopback
 
 T = TypeVar("T")
 Progress = calls.Progress
@@ -44,7 +45,7 @@ class ServiceUnavailable(ServiceError):
 class _Base:
     """What both clients share: where the service is, and when to try again."""
 
-    def __init__(self, url: str, token: str, patience_seconds: float) -> None:
+    def __init__(self, url: str, token: str, patience_seconds: float, plain_http_beyond_loopback: bool) -> None:
         """`url` is http(s)://host:port, or unix:///path/of/socket. Raises `ValueError`."""
         self._socket: str | None = None
         where = url
@@ -53,6 +54,10 @@ class _Base:
         parsed = httpx.URL(url)
         if parsed.scheme not in {"http", "https"} or not parsed.host:
             raise ValueError(f"{url!r} is not the address of a service; write https://host:port or unix:///path")
+        if parsed.scheme == "http" and not is_loopback(parsed.host) and not plain_http_beyond_loopback:
+            raise ValueError(
+                f"{url!r} is plain HTTP beyond loopback, where token and submissions would travel in the open"
+            )
         self._options: dict[str, Any] = {
             "base_url": url,
             "headers": {"Authorization": f"Bearer {token}"},
@@ -102,8 +107,14 @@ def _check(response: httpx.Response) -> None:
 class GraderClient(_Base):
     """The service, for code that waits. A context manager; safe to share between threads."""
 
-    def __init__(self, url: str, token: str, *, patience_seconds: float = 300.0) -> None:
-        super().__init__(url, token, patience_seconds)
+    def __init__(
+        self, url: str, token: str, *, patience_seconds: float = 300.0, plain_http_beyond_loopback: bool = False
+    ) -> None:
+        """`url` is http(s)://host:port, or unix:///path/of/socket; http:// only of this machine, unless told otherwise.
+
+        Raises `ValueError` for another `url`.
+        """
+        super().__init__(url, token, patience_seconds, plain_http_beyond_loopback)
         transport = httpx.HTTPTransport(uds=self._socket) if self._socket else None
         self._client = httpx.Client(**self._options, transport=transport)
 
@@ -214,8 +225,14 @@ class GraderClient(_Base):
 class AsyncGraderClient(_Base):
     """The service, for asyncio. Methods as in `GraderClient`."""
 
-    def __init__(self, url: str, token: str, *, patience_seconds: float = 300.0) -> None:
-        super().__init__(url, token, patience_seconds)
+    def __init__(
+        self, url: str, token: str, *, patience_seconds: float = 300.0, plain_http_beyond_loopback: bool = False
+    ) -> None:
+        """`url` is http(s)://host:port, or unix:///path/of/socket; http:// only of this machine, unless told otherwise.
+
+        Raises `ValueError` for another `url`.
+        """
+        super().__init__(url, token, patience_seconds, plain_http_beyond_loopback)
         transport = httpx.AsyncHTTPTransport(uds=self._socket) if self._socket else None
         self._client = httpx.AsyncClient(**self._options, transport=transport)
 

@@ -1,5 +1,7 @@
 """Deletes what is over: bundles of ended jobs, results after their retention, what a crash left behind.
 
+Jobs that nobody starts end here, too, so that theirs is over some day.
+
 A thread of its own, since it looks at every job's directory, and leases are not to wait for it. What is deleted is
 decided by rows; files go first, so that a crash in between leaves a row that leads here again.
 """
@@ -44,6 +46,7 @@ class Housekeeper:
         next_tidy = 0.0
         while not self._stopping.is_set():
             try:
+                self._give_up()
                 self._end_retention()
                 if time.monotonic() >= next_tidy:
                     self._tidy_all()
@@ -51,6 +54,12 @@ class Housekeeper:
             except (SQLAlchemyError, OSError) as error:
                 log.warning("housekeeping_put_off", error=type(error).__name__)
             self._stopping.wait(_RETENTION_SECONDS)
+
+    def _give_up(self) -> None:
+        while (jobs := self._store.give_up(_BATCH)) and not self._stopping.is_set():
+            for job_id in jobs:
+                tidy(self._store, self._bundles, job_id)
+            log.warning("jobs_never_started", jobs=len(jobs))
 
     def _end_retention(self) -> None:
         while (jobs := self._store.over_retention(_BATCH)) and not self._stopping.is_set():

@@ -32,6 +32,8 @@ from grader_service.models import ENDED, JOBS, Job, Kind, State
 
 LONGEST_PAGE = 200
 _DAY_SECONDS = 86_400.0
+SHORTEST_PATIENCE_SECONDS = _DAY_SECONDS
+"""How long a job may wait at least, in a course whose retention is shorter."""
 _ALIVE: tuple[State, ...] = ("queued", "running")
 _COUNTED = 1000
 """How far the jobs before a waiting one are counted."""
@@ -278,6 +280,28 @@ class JobStore:
     def _end(self) -> dict[str, Any]:
         now = self._clock()
         return {"ended_at": now, "keep_until": JOBS.c.retention_seconds + now, "lease_until": None}
+
+    def give_up(self, limit: int) -> list[str]:
+        """End as failed the jobs that have waited for longer than they would be kept afterwards. Returns their ids.
+
+        Such as those of a course that no service has any more: else their files would stay for ever.
+        """
+        now = self._clock()
+        waited = (
+            JOBS.c.state == order.QUEUED,
+            JOBS.c.submitted_at < now - SHORTEST_PATIENCE_SECONDS,
+            JOBS.c.submitted_at + JOBS.c.retention_seconds < now,
+        )
+        with reading(self._engine) as connection:
+            found = connection.execute(select(JOBS.c.id, JOBS.c.submitted_at).where(*waited).limit(limit)).all()
+        given_up = []
+        for job_id, submitted_at in found:
+            reason = f"no service started it in {(now - submitted_at) / _DAY_SECONDS:.1f} days; submit it again"
+            with writing(self._engine) as connection:
+                over = update(JOBS).where(JOBS.c.id == job_id, *waited)
+                if connection.execute(over.values(state="failed", reason=reason, **self._end())).rowcount == 1:
+                    given_up.append(job_id)
+        return given_up
 
     def over_retention(self, limit: int) -> list[Job]:
         """Jobs that have been kept long enough, oldest first."""

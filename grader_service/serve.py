@@ -1,7 +1,8 @@
 """`grader-service serve`: from the configuration file to a listening process, and down again.
 
-SIGTERM and SIGINT: no new request, running jobs go back into the queue. SIGHUP: the file is read again. `kill -9`: the
-next start finds everything in the database, and what ran runs again when its lease has ended.
+SIGTERM and SIGINT: no new request, running jobs go back into the queue. SIGHUP: the file is read again, and the TLS
+certificate. `kill -9`: the next start finds everything in the database, and what ran runs again when its lease has
+ended.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,10 +68,14 @@ def serve(
 async def _run(service: Service, config: Path) -> int:
     server = _Server(_uvicorn(service), service)
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, lambda: service.reload(lambda: load(config)))
+    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(service, server.config, config))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.handle_exit, number, None)
     log.info("starting", courses=sorted(service.settings.courses), slots=service.settings.slots)
+    listen = service.settings.listen
+    if listen.unix_socket is not None and _is_listened_to(listen.unix_socket):  # asyncio would take it away
+        log.error("not_started", reason=f"another process answers at {listen.unix_socket}; is the service running?")
+        return 2
     try:
         await service.examine()
     except HubMisconfigured as error:
@@ -82,6 +88,28 @@ async def _run(service: Service, config: Path) -> int:
         return 2
     log.info("stopped")
     return 0 if server.started else 2
+
+
+def _reload(service: Service, config: uvicorn.Config, file: Path) -> None:
+    """The configuration, and what lies at the paths of the TLS certificate and key, for connections to come."""
+    listen = service.settings.listen
+    if config.ssl is not None and listen.tls_certificate is not None:
+        try:
+            tried = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # a half renewed pair must not stay in the one in use
+            for context in (tried, config.ssl):
+                context.load_cert_chain(listen.tls_certificate, listen.tls_key)
+        except OSError as error:
+            log.error("certificate_not_reloaded", reason=str(error))
+    service.reload(lambda: load(file))
+
+
+def _is_listened_to(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:  # nothing there, or left by a service that was killed
+            return False
+    return True
 
 
 class _Server(uvicorn.Server):

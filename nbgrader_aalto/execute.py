@@ -208,6 +208,7 @@ class IsolatedExecute(SandboxSettings, Execute):
             self.service_url,
             self.service_token_file,
             self._course_group(),
+            self.service_plain_http,
             self.service_course or self._converter.coursedir.course_id,
             asked,
             self._log_job(where),

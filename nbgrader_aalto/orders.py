@@ -111,6 +111,7 @@ class ServiceOrder:
     url: str
     token_file: str
     course_group: int | None
+    plain_http: bool
     course: str
     asked: Mapping[str, Any]
     """The fields of a `grader_service.schemas.Submission`."""
@@ -125,7 +126,7 @@ class ServiceOrder:
         """As of a `LocalOrder`; a job that nobody wants any more is cancelled."""
         from nbgrader_aalto import remote  # httpx and pydantic: only those who use the service pay
 
-        with remote.connect(self.url, self.token_file, self.course_group) as client:
+        with remote.connect(self.url, self.token_file, self.course_group, self.plain_http) as client:
             return remote.execute(client, self.course, self.asked, self.notebook, files, keep, self.tell, stop)
 
 

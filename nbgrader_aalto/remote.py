@@ -29,7 +29,7 @@ PATIENCE_SECONDS = 300.0
 """How long to try while the service does not answer, as when it is restarted."""
 
 
-def connect(url: str, token_file: str, course_group: int | None) -> GraderClient:
+def connect(url: str, token_file: str, course_group: int | None, plain_http: bool) -> GraderClient:
     """A client with the token of this file, or else of this JupyterHub server.
 
     `course_group` is the group that may read the file besides its owner, None if the course has none. Raises
@@ -43,7 +43,7 @@ def connect(url: str, token_file: str, course_group: int | None) -> GraderClient
         )
         if not token:
             raise ValueError("c.IsolatedExecute.service_token_file is not set, and this is no server of a JupyterHub")
-        return GraderClient(url, token, patience_seconds=PATIENCE_SECONDS)
+        return GraderClient(url, token, patience_seconds=PATIENCE_SECONDS, plain_http_beyond_loopback=plain_http)
     except (TokenFileError, ValueError) as error:
         raise SandboxError(LAYER, str(error), "see docs/service-identity.md") from error
 

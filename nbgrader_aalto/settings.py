@@ -129,6 +129,15 @@ class SandboxSettings(HasTraits):
             """
         ),
     ).tag(config=True)
+    service_plain_http = Bool(
+        False,
+        help=dedent(
+            """
+            Whether the token and submissions may travel over http:// to another machine, where whoever is in between
+            can read and change them. For a network that carries nobody else's traffic.
+            """
+        ),
+    ).tag(config=True)
     tier = Enum(
         TIERS,
         default_value=TIERS[0],

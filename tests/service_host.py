@@ -57,6 +57,8 @@ class Host:
     tables: dict[str, Any]
     courses: dict[str, dict[str, Any]]
     port: int | None = None
+    tls: tuple[Path, Path] | None = None
+    """Certificate and key; only with a port."""
     process: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -69,7 +71,7 @@ class Host:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}" if self.port else f"unix://{self.directory}/s"
+        return f"http{'s' * bool(self.tls)}://127.0.0.1:{self.port}" if self.port else f"unix://{self.directory}/s"
 
     def configure(self, **courses: dict[str, Any]) -> None:
         """Write the configuration, with these courses changed or added."""
@@ -78,6 +80,8 @@ class Host:
         lines = [f"{name} = {_toml(value)}" for name, value in top.items()]
         socket_line = f"unix_socket = {json.dumps(f'{self.directory}/s')}"
         lines += ["[listen]", f"port = {self.port}" if self.port else socket_line]
+        for name, path in zip(("tls_certificate", "tls_key"), self.tls or (), strict=False):
+            lines.append(f"{name} = {json.dumps(str(path))}")
         for name, course in self.courses.items():
             lines.append(f"[courses.{json.dumps(name)}]")
             lines += [f"{key} = {_toml(value)}" for key, value in course.items()]

@@ -265,6 +265,26 @@ def test_retention_begins_when_a_job_ends(desk: Desk) -> None:
     assert [job.id for job in desk.store.over_retention(1)] == [ids[1]]
 
 
+def test_what_nobody_starts_ends_and_is_then_kept_as_long_as_any(desk: Desk) -> None:
+    """Such as a job of a course that was removed."""
+    short = desk.add(course="removed", retention_seconds=100)
+    long = desk.add(retention_seconds=10 * 86_400)
+    desk.clock.now += 86_400
+    assert desk.store.give_up(10) == []
+    desk.clock.now += 1
+    assert desk.store.give_up(10) == [short]
+    assert desk.store.give_up(10) == []
+    job = desk.store.get(short)
+    assert job is not None
+    assert (job.state, "no service started it in 1.0 days" in (job.reason or "")) == ("failed", True)
+    desk.clock.now += 101
+    assert [job.id for job in desk.store.over_retention(10)] == [short]
+    job_id, _ = desk.run()
+    assert job_id == long
+    desk.clock.now += 20 * 86_400
+    assert desk.store.give_up(10) == []  # it was started
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_only_what_has_ended_can_be_deleted(desk: Desk, state: State) -> None:
     job_id, _ = desk.bring(state)

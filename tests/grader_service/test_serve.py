@@ -1,20 +1,30 @@
-"""Connections that bring no request: closed, however lively they are."""
+"""Listening: connections that bring no request are closed, TLS is renewed, nobody's socket is taken away."""
 
 import asyncio
+import contextlib
 import os
 import resource
-from collections.abc import Awaitable, Callable
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
+from certipy import Certipy  # JupyterHub's own
 
+from attacks.harness import eventually
 from grader_service import serve
+from grader_service.client import GraderClient
+from service_host import Host, free_port, hosting
 
 pytestmark = pytest.mark.threat(93)
 
-LONG = 30.0
+LONG = 60.0
 
 
 async def _app(_scope: Any, _receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
@@ -70,3 +80,74 @@ def test_there_are_descriptors_for_all_connections() -> None:
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         os._exit(soft not in {hard, serve._MOST_DESCRIPTORS})
     assert os.waitpid(pid, 0)[1] == 0
+
+
+@contextlib.contextmanager
+def _authority(directory: Path) -> Iterator[Callable[[str], tuple[Path, Path]]]:
+    """Makes certificates for 127.0.0.1, with their keys, that clients of this process trust meanwhile."""
+    authority = Certipy(store_dir=str(directory))
+    trusted = authority.create_ca("ca").get("files")["cert"]
+
+    def sign(name: str) -> tuple[Path, Path]:
+        files = authority.create_signed_pair(name, "ca", alt_names=["IP:127.0.0.1"]).get("files")
+        return Path(files["cert"]), Path(files["key"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", trusted)
+        yield sign
+
+
+def _install(host: Host, certificate: Path, key: Path) -> None:
+    assert host.tls is not None
+    for source, target in zip((certificate, key), host.tls, strict=True):
+        shutil.copyfile(source, target)
+        target.chmod(0o600)
+
+
+def _presented(host: Host) -> str:
+    assert host.port is not None
+    return ssl.get_server_certificate(("127.0.0.1", host.port))
+
+
+def test_a_certificate_is_renewed_while_the_service_runs(tmp_path: Path) -> None:
+    with hosting(port=free_port()) as host, _authority(tmp_path / "authority") as sign:
+        first, second = sign("first"), sign("second")
+        host.tls = host.directory / "certificate.pem", host.directory / "key.pem"
+        _install(host, *first)
+        host.configure()
+        host.start()
+        assert host.process is not None
+        with host.client() as client:
+            assert [course.name for course in client.courses()] == list(host.courses)
+            before = _presented(host)
+            _install(host, second[0], first[1])  # the key has not come yet
+            host.process.send_signal(signal.SIGHUP)
+            assert eventually(lambda: "certificate_not_reloaded" in host.log, LONG)
+            assert _presented(host) == before
+            _install(host, *second)
+            host.process.send_signal(signal.SIGHUP)
+            assert eventually(lambda: _presented(host) != before, LONG)
+            assert client.courses()
+        with host.client() as client:
+            assert client.courses()
+
+
+def test_who_answers_at_a_socket_keeps_it() -> None:
+    with hosting() as host:
+        host.start()
+        second = [sys.executable, "-m", "grader_service.cli", "--config", str(host.config), "serve"]
+        done = subprocess.run(second, capture_output=True, text=True, timeout=LONG, check=False)
+        assert done.returncode == 2
+        assert "another process answers" in done.stdout + done.stderr
+        with host.client() as client:
+            assert client.courses()
+        host.kill()
+        host.start()  # what a killed one left is in nobody's way
+
+
+@pytest.mark.parametrize("url", ["http://192.0.2.1:8970", "http://grader.example.org"])
+def test_a_token_goes_to_another_machine_in_the_open_only_if_that_is_said(url: str) -> None:
+    with pytest.raises(ValueError, match="plain HTTP"):
+        GraderClient(url, "x")
+    with GraderClient(url, "x", plain_http_beyond_loopback=True):
+        pass
