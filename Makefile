@@ -70,6 +70,8 @@ soak: setup ## SOAK=2000 sandboxes ended in every way; what the host has before 
 
 bench: setup bench-sandbox bench-warm ## time to grade, beside stock nbgrader, in the same run
 	@$(BIN)/python benchmarks/autograde.py
+	@$(BIN)/python benchmarks/autograde.py --students 300 --rounds 1
+	@$(BIN)/python benchmarks/bolt.py
 
 bench-sandbox: setup ## time and memory of a sandbox, beside bubblewrap and beside none
 	@$(BIN)/python benchmarks/sandbox.py

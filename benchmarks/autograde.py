@@ -5,7 +5,8 @@
 Stock runs the same honest notebooks without any isolation: do not give it others. `limit` is what the cells alone
 cost, if nothing else took time: their own processor time (of a warm kernel, less that of a kernel with one empty cell)
 of all students, divided by the cores. `isolate alone` executes the same notebooks in warm kernels, as many at once as
-there are cores, without nbgrader. Prints Markdown: medians and ranges of the whole command, in seconds.
+there are cores, without nbgrader. Prints Markdown: medians and ranges of the whole command, in seconds, and the most
+memory that the command's own process had.
 """
 
 import argparse
@@ -64,12 +65,20 @@ def notebook(sources: list[str]) -> nbformat.NotebookNode:
     return new_notebook(cells=cells, metadata=metadata)
 
 
-def nbgrader(course: Path, mode: str, *words: str) -> None:
+def nbgrader(course: Path, mode: str, *words: str) -> int:
+    """The most memory of its process, in KiB. getrusage(2)"""
     environment = {**os.environ, "BENCH_MODE": mode, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [sys.executable, "-m", "nbgrader", *words]
-    done = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, cwd=course, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            log.seek(0)
+            sys.exit(f"{' '.join(words)} failed:\n{log.read().decode()[-2000:]}")
+    return usage.ru_maxrss
 
 
 def prepare(course: Path, students: int) -> None:
@@ -84,10 +93,11 @@ def prepare(course: Path, students: int) -> None:
             shutil.copytree(course / "release" / name, course / "submitted" / f"s{number:03}" / name)
 
 
-def seconds(course: Path, mode: str, name: str) -> float:
+def seconds(course: Path, mode: str, name: str) -> tuple[float, int]:
+    """And the most memory of the command's own process, in KiB."""
     started = time.perf_counter()
-    nbgrader(course, mode, "autograde", name, "--force")
-    return time.perf_counter() - started
+    memory = nbgrader(course, mode, "autograde", name, "--force")
+    return time.perf_counter() - started, memory
 
 
 class Alone:
@@ -124,8 +134,8 @@ def main() -> None:
     options = parser.parse_args()
     print(machine(), flush=True)
     print(f"\n{options.students} students, {options.rounds} rounds, each of which has every row once\n")
-    print("| notebook | what | median | minimum | maximum | a student | stock takes | of the limit |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    print("| notebook | what | median | minimum | maximum | a student | stock takes | of the limit | memory |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     with tempfile.TemporaryDirectory(prefix="nbgrader-aalto bench-") as directory:
         course = Path(directory) / "course"
         prepare(course, options.students)
@@ -140,18 +150,22 @@ def measure(course: Path, name: str, students: int, rounds: int) -> None:
         limit = alone.own_seconds(sources) * students / CORES
         seconds(course, "isolated", name)  # fonts and byte code: paid once
         times: dict[str, list[float]] = {"stock nbgrader": [], "isolated": [], "`isolate` alone": []}
+        memory = {"stock nbgrader": 0, "isolated": 0}
         for _ in range(rounds):
-            times["stock nbgrader"].append(seconds(course, "stock", name))
-            times["isolated"].append(seconds(course, "isolated", name))
+            for what, mode in (("stock nbgrader", "stock"), ("isolated", "isolated")):
+                took, most = seconds(course, mode, name)
+                times[what].append(took)
+                memory[what] = max(memory[what], most)
             times["`isolate` alone"].append(alone.seconds(sources, students))
     stock = statistics.median(times["stock nbgrader"])
-    print(f"| {name} | limit | {limit:.1f} | | | {limit / students:.3f} | | 1 |")
+    print(f"| {name} | limit | {limit:.1f} | | | {limit / students:.3f} | | 1 | |")
     for what, found in times.items():
         middle = statistics.median(found)
+        most = f"{memory[what] >> 10} MiB" if what in memory else ""
         ratio = f"{middle / limit:.1f}" if limit > 0.05 else "-"
         print(
             f"| {name} | {what} | {middle:.1f} | {min(found):.1f} | {max(found):.1f} | {middle / students:.3f} "
-            f"| {stock / middle:.1f} times as long | {ratio} |",
+            f"| {stock / middle:.1f} times as long | {ratio} | {most} |",
             flush=True,
         )
 

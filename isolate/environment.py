@@ -116,8 +116,11 @@ def environment_policy(
     limits: Limits | None = None,
 ) -> Policy:
     """The system, the prefixes of these executables read-only with their secrets masked, and a PATH for them."""
-    base = system_policy(environment, limits)
     prefixes = list(dict.fromkeys(prefix for executable in executables for prefix in prefixes_of(executable)))
+    return _policy_of(prefixes, system_policy(environment, limits), environment)
+
+
+def _policy_of(prefixes: Sequence[Path], base: Policy, environment: Mapping[str, str] | None = None) -> Policy:
     return Policy(
         read_only=(*base.read_only, *(Bind(prefix) for prefix in prefixes if not _shown(prefix, base))),
         hidden=(*base.hidden, *secrets_below(prefixes)),
@@ -149,12 +152,18 @@ def _shown(path: Path, policy: Policy) -> bool:
 
 def grader_policy(limits: Limits) -> Policy:
     """What this very process runs on: its interpreter, its packages, this package. For the driver room."""
-    policy = environment_policy([Path(sys.executable)], limits=limits)
+    policy = _policy_of(_own_prefixes(), system_policy(None, limits))
     extra = [Path(entry) for entry in grader_paths() if Path(entry).is_dir() and not _shown(Path(entry), policy)]
     policy = policy.with_visible([path for path in extra if path != _package_parent()])
     if not _shown(_package_parent(), policy):
         policy = policy.with_visible([_package_parent() / "isolate"])
     return policy
+
+
+@functools.cache
+def _own_prefixes() -> tuple[Path, ...]:
+    """They do not change while we run; what must be masked in them may."""
+    return prefixes_of(Path(sys.executable))
 
 
 def grader_paths() -> list[str]:

@@ -77,6 +77,7 @@ class TwoRooms:
         self._warm = warm
         self._start = "cold"
         self._policy = dataclasses.replace(policy, environment={**policy.environment, **kernel.environment})
+        self._driver_policy = dataclasses.replace(grader_policy(driver_limits(policy.limits)), tier=policy.tier)
         self._connection = {
             "transport": "ipc",
             "key": secrets.token_hex(32),
@@ -101,6 +102,7 @@ class TwoRooms:
             if self._warm is None:
                 kernel = stack.enter_context(Sandbox(self._policy, command, lease=lease))
             else:
+                self._warm.expect_driver(self._driver_policy)
                 argv = self._with_connection_file(self._kernel.argv)
                 kernel, self._start = self._warm.start_kernel(stack, self._policy, command, lease, argv)
             os.close(errors_end)
@@ -163,11 +165,10 @@ class TwoRooms:
                 stdout=errors_end,
                 stderr=errors_end,
             )
-            policy = dataclasses.replace(grader_policy(driver_limits(self._policy.limits)), tier=self._policy.tier)
             if self._warm is None:
-                sandbox = stack.enter_context(Sandbox(policy, command, lease=lease))
+                sandbox = stack.enter_context(Sandbox(self._driver_policy, command, lease=lease))
             else:
-                sandbox, _ = self._warm.start_driver(stack, policy, command, lease)
+                sandbox, _ = self._warm.start_driver(stack, self._driver_policy, command, lease)
             for descriptor in (result_end, progress_end, words_end, errors_end):
                 os.close(descriptor)
             self._listen(kernel, sandbox, {"kernel": kernel_errors, "driver": errors}, result, progress, words)

@@ -16,6 +16,7 @@ of what was loaded. numpy's global generator is seeded anew for each kernel, and
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -53,6 +54,9 @@ _DRIVER_REHEARSAL = "import nbformat; nbformat.v4.new_notebook(cells=[nbformat.v
 _DRIVER_IMPORTS = ("isolate.driver",)
 _VARIABLES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 """What ipykernel sets before a notebook can import anything: ipykernel/kernelapp.py, `init_gui_pylab`."""
+_NOT_YET = "there is no template yet"
+_TEND_SECONDS = 5.0
+"""How long it may go unnoticed that another template was missed."""
 _FOREVER = 10.0 * 365 * 86400
 _START = f"exec(open({template.SOURCE}, closefd=False).read())"
 _LOADER = """
@@ -103,11 +107,15 @@ class Recipe:
 
 def _stamps(python: str) -> list[list[Any]]:
     """What changes when packages are installed or removed: times of the directories that hold them."""
-    found = []
-    for prefix in prefixes_of(find_executable(python)):
-        for pattern in ("pyvenv.cfg", "lib/python3*/site-packages", "lib/python3/dist-packages", "conda-meta"):
-            found += [[str(path), path.stat().st_mtime_ns] for path in sorted(prefix.glob(pattern))]
-    return found
+    return [[path, os.stat(path).st_mtime_ns if os.path.exists(path) else 0] for path in _stamped(python)]
+
+
+@functools.lru_cache(maxsize=64)
+def _stamped(python: str) -> tuple[str, ...]:
+    """Found once: it takes longer than all else that a kernel needs of us."""
+    patterns = ("pyvenv.cfg", "lib/python3*/site-packages", "lib/python3/dist-packages", "conda-meta")
+    prefixes = prefixes_of(find_executable(python))
+    return tuple(str(path) for prefix in prefixes for pattern in patterns for path in sorted(prefix.glob(pattern)))
 
 
 class _Template:
@@ -169,9 +177,14 @@ def _source() -> str:
 class Nursery:
     """Templates of one owner; a context manager. May be used by several threads at once."""
 
+    patient = True
+    """Whether who asks first waits for the template. Else it is started cold, and `tend` makes what was missed."""
+
     def __init__(self, imports: Sequence[str] = ()) -> None:
         self._imports = tuple(imports)
         self._templates: dict[str, _Template] = {}
+        self._missed: dict[str, Recipe] = {}
+        self._expecting: threading.Thread | None = None
         self._cold: dict[str, str] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -195,6 +208,41 @@ class Nursery:
             templates, self._templates = list(self._templates.values()), {}
         for one in templates:
             one.close()
+        if self._expecting is not None:
+            self._expecting.join()
+
+    def tend(self) -> None:
+        """See to the templates until each has ended, unused for long or closed: clear up, make what was missed."""
+        while True:
+            self._warm_up()
+            with self._lock:
+                running = dict(self._templates)
+            if not running:
+                return
+            poll = select.poll()
+            for found in running.values():
+                poll.register(found.sandbox, select.POLLIN)
+            poll.poll(_TEND_SECONDS * 1000)
+            for key, found in running.items():
+                if found.ended:
+                    self._forget(key, found)
+
+    def _warm_up(self) -> None:
+        """Make the templates that were missed. Returns when they are ready, or cannot be had."""
+        while True:
+            with self._lock:
+                recipe = self._missed.popitem()[1] if self._missed else None
+            if recipe is None:
+                return
+            with contextlib.suppress(SandboxError):  # closed
+                self._template(recipe, patient=True)
+
+    def _forget(self, key: str, template: _Template) -> None:
+        with self._lock:
+            if self._templates.get(key) is not template:
+                return
+            del self._templates[key]
+        template.close()
 
     def start_kernel(
         self,
@@ -218,19 +266,24 @@ class Nursery:
         recipe = Recipe(python, policy, module, imports, (), _VARIABLES, files, command.share_at, _KERNEL_REHEARSAL)
         return self.start(stack, recipe, policy, dataclasses.replace(command, argv=words), command, lease)
 
+    def expect_driver(self, policy: Policy) -> None:
+        """Begin to make the template for drivers, so that it is ready when the first kernel is; returns at once."""
+
+        def make() -> None:
+            with contextlib.suppress(SandboxError):  # closed meanwhile
+                self._template(_driver_recipe(policy), patient=True)
+
+        with self._lock:
+            if self._closed or self._expecting is not None or not self.patient:
+                return
+            self._expecting = threading.Thread(target=make, name="driver template", daemon=True)
+            self._expecting.start()
+
     def start_driver(
         self, stack: contextlib.ExitStack, policy: Policy, command: Command, lease: Lease | None
     ) -> tuple[Sandbox, str]:
         """Enter a driver's room on `stack`; as `start_kernel`."""
-        recipe = Recipe(
-            [sys.executable, "-I", "-B"],
-            policy,
-            "isolate.driver:main",
-            _DRIVER_IMPORTS,
-            grader_paths(),
-            rehearsal=_DRIVER_REHEARSAL,
-        )
-        return self.start(stack, recipe, policy, dataclasses.replace(command, argv=[]), command, lease)
+        return self.start(stack, _driver_recipe(policy), policy, dataclasses.replace(command, argv=[]), command, lease)
 
     def start(
         self,
@@ -243,7 +296,7 @@ class Nursery:
     ) -> tuple[Sandbox, str]:
         """Enter a sandbox on `stack`: of the recipe's template, or else cold; as `start_kernel`."""
         for _ in range(2):
-            found = self._template(recipe)
+            found = self._template(recipe, self.patient)
             if not isinstance(found, _Template):
                 break
             try:
@@ -254,7 +307,7 @@ class Nursery:
                 found.lost, found = True, error.cause  # it ended after we had looked
         return stack.enter_context(Sandbox(policy, cold, lease=lease)), f"cold: {found}"
 
-    def _template(self, recipe: Recipe) -> "_Template | str":
+    def _template(self, recipe: Recipe, patient: bool) -> "_Template | str":
         """The template for this, or why there is none. Raises `SandboxError` when the nursery is closed."""
         if recipe.policy.tier != "namespaces":
             return f"the {recipe.policy.tier} tier has no templates"
@@ -263,7 +316,9 @@ class Nursery:
         key = recipe.key
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
-        with lock:
+        if not lock.acquire(blocking=patient):
+            return _NOT_YET
+        try:
             if self._closed:
                 raise _run_has_ended()
             if key in self._cold:
@@ -272,7 +327,10 @@ class Nursery:
             if found is not None:
                 if not found.ended:
                     return found
-                found.close()
+                self._forget(key, found)
+            if not patient:
+                self._missed[key] = recipe
+                return _NOT_YET
             try:
                 found = _Template(recipe)
             except SandboxError as error:
@@ -284,6 +342,13 @@ class Nursery:
                     return found
             found.close()
             raise _run_has_ended()
+        finally:
+            lock.release()
+
+
+def _driver_recipe(policy: Policy) -> Recipe:
+    python = [sys.executable, "-I", "-B"]
+    return Recipe(python, policy, "isolate.driver:main", _DRIVER_IMPORTS, grader_paths(), rehearsal=_DRIVER_REHEARSAL)
 
 
 def _run_has_ended() -> SandboxError:

@@ -19,6 +19,7 @@ Refuses to know how a notebook is converted, sandboxes, the exchange.
 
 import contextlib
 import dataclasses
+import gc
 import glob
 import os
 import re
@@ -30,9 +31,11 @@ from typing import Any
 from nbconvert.exporters import Exporter, HTMLExporter, NotebookExporter
 from nbgrader.converters.base import BaseConverter, NbGraderException
 from traitlets import Float
+from traitlets.config import Application
 
 from nbgrader_aalto import shared
 from nbgrader_aalto.earlier import EarlierResult, aside, recover
+from nbgrader_aalto.gradebooks import one_engine
 from nbgrader_aalto.inspection import printable
 from nbgrader_aalto.lock import Busy, Lock, LockLost
 from nbgrader_aalto.turns import turn, who
@@ -129,8 +132,11 @@ class CarefulExporter(Exporter):
 
         def convert_notebooks() -> None:
             failure: str | None = None
+            if isinstance(converter.parent, Application):
+                gc.freeze()  # a command's modules stay until its end: looking through them for garbage takes a second
             try:
-                stock["convert_notebooks"]()
+                with one_engine():
+                    stock["convert_notebooks"]()
             except NbGraderException as error:
                 failure = str(error)
             except _Interrupted:

@@ -24,6 +24,7 @@ from isolate.environment import environment_policy, find_executable, home_files
 from isolate.files import pack
 from isolate.notebook import Execution, ExecutionReport, Kernel, Nursery, Settings
 from isolate.policy import LASTING, Bind, Policy, SandboxError
+from nbgrader_aalto import kept
 from nbgrader_aalto.decisive import let_failures_decide
 from nbgrader_aalto.orders import LocalOrder, Order, Result, ServiceOrder, bare, carry_out, take_outputs
 from nbgrader_aalto.preimports import preimports
@@ -178,14 +179,18 @@ class IsolatedExecute(SandboxSettings, Execute):
     def _nursery(self, assignment: str) -> Nursery | None:
         """Where this assignment's kernels are forked, if they are. Made once in a run."""
         run, course = run_of(self._converter), self._converter.coursedir
-        if not (self.warm and run.pays_warmth):
+        if not self.warm or not (run.pays_warmth or kept.in_server()):
             return None
         if assignment not in run.nurseries:
             steps = (course.source_directory, course.release_directory)
             directories = [Path(course.format_path(step, ".", assignment)) for step in steps]
             imports = preimports(next(filter(Path.is_dir, directories), None), self.warm_imports)
             self.log.info("Imported before kernels start: %s", ", ".join(imports) or "nothing of the assignment's")
-            run.nurseries[assignment] = Nursery(imports)
+            run.nurseries[assignment] = (
+                kept.nursery((course.root, assignment), imports, patient=run.pays_warmth)
+                if kept.in_server()
+                else Nursery(imports)
+            )
         return run.nurseries[assignment]
 
     def _service_order(self, nb: NotebookNode, where: dict[str, str], notebooks: int) -> ServiceOrder:

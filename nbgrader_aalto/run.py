@@ -1,6 +1,6 @@
 """What all executions of one run of a converter share, from its first question to its end.
 
-Nothing of it outlives the run: in a server that grades all day, each click has its own.
+Nothing of it outlives the run, but for the nursery that a server keeps (`kept`).
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from nbformat import NotebookNode
 
 from isolate.notebook import Kernel, Nursery
 from isolate.policy import Policy
+from nbgrader_aalto import kept
 from nbgrader_aalto.readahead import ReadAhead
 
 
@@ -58,7 +59,7 @@ class Run:
         if self.ahead is not None:
             self.ahead.stop()
         for nursery in self.nurseries.values():
-            nursery.close()
+            kept.let_go(nursery)
         if self.ahead is not None:
             self.ahead.join()
 

@@ -5,6 +5,7 @@ import dataclasses
 import http.client
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -143,8 +144,40 @@ def test_a_click_grades_in_the_sandbox_as_the_command_does(server: Server) -> No
     assert json.loads(body)["score"] == 2
 
 
-def test_the_students_code_knows_nothing_of_the_server(server: Server) -> None:
-    answered = server.autograde("spy")
+def warm(server: Server, student: str) -> dict[str, Any]:
+    """What the first click answers that finds the templates which an earlier one missed."""
+    answers = []
+
+    def click() -> bool:
+        answers.append(server.autograde(student))
+        assert answers[-1]["success"] is True, answers
+        return "(warm)" in answers[-1]["log"]
+
+    assert eventually(click, 120), [one["log"] for one in answers]
+    return answers[-1]
+
+
+def test_a_later_click_finds_what_an_earlier_one_missed(server: Server) -> None:
+    course = server.course
+    first = server.autograde("wrong")["log"]
+    assert re.search(r"\((warm|cold: there is no template yet)\)", first), first
+    for student in STUDENTS:
+        answered = warm(server, student)
+        assert "cold" not in answered["log"]
+        assert course.scores(student) == SCORES[student]
+    course.configure("c.IsolatedExecute.warm = False\n")
+    try:
+        answered = server.autograde("right")
+    finally:
+        course.configure("c.IsolatedExecute.warm = True\n")  # a server remembers what a file no longer says
+        server.autograde("right")
+        course.configure("")
+    assert "(cold)" in answered["log"]
+
+
+@pytest.mark.parametrize("start", ["cold", "warm"])
+def test_the_students_code_knows_nothing_of_the_server(server: Server, start: str) -> None:
+    answered = server.autograde("spy") if start == "cold" else warm(server, "spy")
     assert answered["success"] is True, answered
     assert server.course.scores("spy") == SCORES["spy"]
     text = printed(find(server.course.result("spy"), "one"))
@@ -184,3 +217,14 @@ def test_a_fault_of_the_host_fails_and_keeps_the_score(server: Server) -> None:
     assert course.result("right") == executed
     server.process.poll()
     assert server.process.returncode is None
+
+
+def test_a_killed_server_leaves_no_template(server: Server) -> None:
+    """The last one here."""
+    server.course.configure("c.IsolatedExecute.read_only = []\n")  # a server remembers what a file no longer says
+    warm(server, "right")
+    left = descendants(server.process.pid)
+    assert len(left) > 5, [command_of(one) for one in left]
+    server.process.kill()
+    server.process.wait()
+    assert eventually(lambda: not left & set(processes()), 20), [command_of(one) for one in left & set(processes())]
