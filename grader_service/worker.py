@@ -25,11 +25,13 @@ from grader_service import policies
 from grader_service.bundles import KEPT, NOTEBOOK, REPORT, Bundles
 from grader_service.database import open_engine, retrying
 from grader_service.jobs import JobStore
+from grader_service.models import Job
 from grader_service.progress import ProgressWriter
 from grader_service.schemas import State, Submission
 from grader_service.settings import CourseSettings
 from isolate.notebook import Execution, Settings, execute, to_bytes
-from isolate.policy import LASTING, SandboxError
+from isolate.policy import LASTING, Limits, SandboxError
+from isolate.rooms import driver_limits
 
 LOST_LEASE_CODE = 75
 """Exit code of a worker whose job is somebody else's by now, after EX_TEMPFAIL in sysexits.h."""
@@ -61,7 +63,7 @@ def run(task: Task) -> None:
         return
     with _watching(store, task):
         try:
-            _execute(task, bundles, job.course, Submission.model_validate_json(json.dumps(job.asked)))
+            _execute(task, bundles, job)
         except policies.Refused as error:
             _end(store, task, "failed", str(error), result=False)
         except SandboxError as error:
@@ -74,10 +76,15 @@ def run(task: Task) -> None:
             _end(store, task, "done", "", result=True)
 
 
-def _execute(task: Task, bundles: Bundles, course_name: str, asked: Submission) -> None:
-    kernel, policy = policies.plan(course_name, task.course, policies.Asked(asked.kernel, asked.limits))
+def _execute(task: Task, bundles: Bundles, job: Job) -> None:
+    asked = Submission.model_validate_json(json.dumps(job.asked))
+    kernel, policy = policies.plan(job.course, task.course, policies.Asked(asked.kernel, asked.limits))
     kernel = dataclasses.replace(kernel, argv=[*kernel.argv, *asked.kernel_arguments])
-    policy = dataclasses.replace(policy, environment={**policy.environment, **_variables(asked, task.course)})
+    policy = dataclasses.replace(
+        policy,
+        environment={**policy.environment, **_variables(asked, task.course)},
+        limits=_as_counted(policy.limits, job.memory_bytes),
+    )
     notebook_path, files_path = bundles.bundle(task.job_id)
     notebook = _read(notebook_path)
     progress = ProgressWriter(bundles.progress(task.job_id, task.lease))
@@ -100,6 +107,14 @@ def _execute(task: Task, bundles: Bundles, course_name: str, asked: Submission) 
             if files is not None:
                 files.close()
         _write(result, execution, keep if asked.keep_files else None)
+
+
+def _as_counted(limits: Limits, memory_bytes: int) -> Limits:
+    """No more memory than the job has on this host: the course's defaults may have been raised since it came."""
+    most = memory_bytes - driver_limits(limits).memory_bytes
+    if most <= 0:
+        raise policies.Refused("the course's limits were changed since it was submitted; submit it again")
+    return dataclasses.replace(limits, memory_bytes=min(limits.memory_bytes, most))
 
 
 def _read(path: Path) -> Any:

@@ -457,6 +457,23 @@ class TestRestart:
                 assert eventually(lambda: "reload_refused" in host.log, LONG)
                 assert client.wait(job.id, timeout_seconds=LONG).state == "done"
 
+    def test_a_waiting_job_has_the_memory_that_it_was_counted_with(self) -> None:
+        """Else raised defaults would start more than fits into the host."""
+        with hosting(course={"limits": {"memory_bytes": "400M"}}, cores=1) as host:
+            host.start()
+            with host.client() as client:
+                first = client.submit(COURSE, submission(), notebook("import time; time.sleep(5)"))
+                assert eventually(lambda: client.get(first.id).state == "running", LONG)
+                second = client.submit(COURSE, submission(), notebook("x = bytearray(700 << 20)"))
+                host.configure(**{COURSE: {**host.courses[COURSE], "limits": {"memory_bytes": "2G"}}})
+                assert host.process is not None
+                host.process.send_signal(signal.SIGHUP)
+                assert eventually(lambda: '"reloaded"' in host.log, LONG), host.log
+                third = client.submit(COURSE, submission(), notebook("x = bytearray(700 << 20)"))
+                for job, limits in ((second, ["memory"]), (third, [])):
+                    assert client.wait(job.id, timeout_seconds=LONG).state == "done"
+                    assert list(client.report(job.id)["limits"]) == limits
+
     def test_purging_a_student_leaves_nothing_of_hers(self) -> None:
         with hosting() as host:
             host.start()
