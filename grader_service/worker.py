@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -33,8 +34,9 @@ from isolate.notebook import Execution, Settings, execute, to_bytes
 from isolate.policy import LASTING, Limits, SandboxError
 from isolate.rooms import driver_limits
 
-LOST_LEASE_CODE = 75
-"""Exit code of a worker whose job is somebody else's by now, after EX_TEMPFAIL in sysexits.h."""
+LOST_LEASE_CODE, TOO_LATE_CODE = 75, 70
+"""Exit codes of a worker whose job is somebody else's by now, and of one that hangs; see EX_TEMPFAIL and EX_SOFTWARE in
+sysexits.h."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Task:
     max_attempts: int
     watch_seconds: float = 2.0
     """How often to look whether the job is still ours: the longest that a cancelled job runs on."""
+    grace_seconds: float = 300.0
+    """For all that is not a sandbox's: reading the bundle, writing the result."""
 
 
 def run(task: Task) -> None:
@@ -151,11 +155,17 @@ def _end(store: JobStore, task: Task, state: State, reason: str, *, result: bool
 
 @contextlib.contextmanager
 def _watching(store: JobStore, task: Task) -> Iterator[None]:
-    """End this process as soon as the job is not ours any more: cancelled, or run again by somebody else."""
+    """End this process as soon as the job is not ours any more: cancelled, or run again by somebody else.
+
+    And when it takes longer than any sandbox of the course may: then it is not the sandbox that hangs.
+    """
     stop = threading.Event()
+    deadline = time.monotonic() + 2 * driver_limits(task.course.maximum_limits).wall_seconds + task.grace_seconds
 
     def watch() -> None:
         while not stop.wait(task.watch_seconds):
+            if time.monotonic() > deadline:
+                os._exit(TOO_LATE_CODE)
             with contextlib.suppress(SQLAlchemyError):  # away for minutes: whose the job is, it says when it is back
                 if not retrying(lambda: store.holds(task.job_id, task.lease), stop=stop) and not stop.is_set():
                     os._exit(LOST_LEASE_CODE)

@@ -12,6 +12,9 @@ import pytest
 
 from attacks.harness import eventually, lives
 from grader_service.engines import LocalEngine, WorkerDied
+from grader_service.settings import CourseSettings
+from grader_service.worker import TOO_LATE_CODE, Task, _watching
+from isolate.rooms import driver_limits
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,21 @@ def _die(path: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class _Held:
+    """A store in which the job is always ours."""
+
+    def holds(self, job_id: str, lease: str) -> bool:
+        return bool(job_id and lease)
+
+
+def _hang() -> None:
+    course = CourseSettings.model_validate({"environment": sys.prefix, "graders": {"tokens_only": True}})
+    longest = 2 * driver_limits(course.maximum_limits).wall_seconds
+    task = Task("job", "lease", "", Path("/"), course, 1, watch_seconds=0.05, grace_seconds=0.5 - longest)
+    with _watching(_Held(), task):  # type: ignore[arg-type]
+        time.sleep(3600)
+
+
 def _pid(path: Path) -> int:
     assert eventually(lambda: path.exists() and path.read_text().isdigit(), 60)
     return int(path.read_text())
@@ -52,6 +70,12 @@ def test_calls_run_in_processes_of_their_own(engine: LocalEngine) -> None:
 def test_an_exception_is_the_futures(engine: LocalEngine) -> None:
     with pytest.raises(RuntimeError, match="ValueError: no"):
         engine.submit(_fail).result(60)
+
+
+def test_a_worker_that_hangs_outside_of_its_sandbox_ends(engine: LocalEngine) -> None:
+    with pytest.raises(WorkerDied) as died:
+        engine.submit(_hang).result(60)
+    assert died.value.code == TOO_LATE_CODE
 
 
 def test_a_worker_that_dies_takes_no_other_with_it(engine: LocalEngine, tmp_path: Path) -> None:
