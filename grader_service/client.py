@@ -63,6 +63,7 @@ class _Base:
             "headers": {"Authorization": f"Bearer {token}"},
             "timeout": _TIMEOUT,
             "follow_redirects": False,  # the token goes to this service alone
+            "trust_env": parsed.scheme == "https",  # a proxy's variable would send it elsewhere in the open
         }
         self._patience, self._where = patience_seconds, where
 

@@ -287,16 +287,17 @@ class JobStore:
         Such as those of a course that no service has any more: else their files would stay for ever.
         """
         now = self._clock()
+        since = func.coalesce(JOBS.c.started_at, JOBS.c.submitted_at)  # it may have been given back
         waited = (
             JOBS.c.state == order.QUEUED,
-            JOBS.c.submitted_at < now - SHORTEST_PATIENCE_SECONDS,
-            JOBS.c.submitted_at + JOBS.c.retention_seconds < now,
+            since < now - SHORTEST_PATIENCE_SECONDS,
+            since + JOBS.c.retention_seconds < now,
         )
         with reading(self._engine) as connection:
-            found = connection.execute(select(JOBS.c.id, JOBS.c.submitted_at).where(*waited).limit(limit)).all()
+            found = connection.execute(select(JOBS.c.id, since).where(*waited).limit(limit)).all()
         given_up = []
-        for job_id, submitted_at in found:
-            reason = f"no service started it in {(now - submitted_at) / _DAY_SECONDS:.1f} days; submit it again"
+        for job_id, began in found:
+            reason = f"no service started it in {(now - began) / _DAY_SECONDS:.1f} days; submit it again"
             with writing(self._engine) as connection:
                 over = update(JOBS).where(JOBS.c.id == job_id, *waited)
                 if connection.execute(over.values(state="failed", reason=reason, **self._end())).rowcount == 1:

@@ -93,10 +93,11 @@ async def _run(service: Service, config: Path) -> int:
 def _reload(service: Service, config: uvicorn.Config, file: Path) -> None:
     """The configuration, and what lies at the paths of the TLS certificate and key, for connections to come."""
     listen = service.settings.listen
-    if config.ssl is not None and listen.tls_certificate is not None:
+    in_use: ssl.SSLContext | None = getattr(config, "ssl", None)  # not there before it listens
+    if in_use is not None and listen.tls_certificate is not None:
         try:
             tried = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # a half renewed pair must not stay in the one in use
-            for context in (tried, config.ssl):
+            for context in (tried, in_use):
                 context.load_cert_chain(listen.tls_certificate, listen.tls_key)
         except OSError as error:
             log.error("certificate_not_reloaded", reason=str(error))
@@ -105,8 +106,11 @@ def _reload(service: Service, config: uvicorn.Config, file: Path) -> None:
 
 def _is_listened_to(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(5.0)
         try:
             probe.connect(str(path))
+        except TimeoutError:  # somebody is there, and busy
+            return True
         except OSError:  # nothing there, or left by a service that was killed
             return False
     return True

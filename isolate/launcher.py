@@ -313,8 +313,9 @@ def main(box_fd: int, plan_fd: int) -> int:
     syscalls.overwrite_command_line(b"isolate")
     syscalls.set_child_subreaper()
     room.default_signals()  # whoever starts us may ignore or block SIGCHLD, by which a room's init learns of ends
-    # Ctrl-C and a hang-up are the owner's business; it closes the socket when it wants us to stop.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
+    # Ctrl-C and a hang-up are the owner's business; it closes the socket when it wants us to stop. The last two are
+    # ignored by every Python, since they are errors there.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_IGN)
     if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
         send_event(box, "failed", layer="limits", cause="/proc/PID/task/TID/children is missing", remedy="")

@@ -24,8 +24,10 @@ import json
 import os
 import re
 import signal
+import site
 import socket
 import sys
+import sysconfig
 import threading
 import traceback
 import warnings
@@ -60,6 +62,8 @@ def main() -> NoReturn:
         for name in state["variables"]:
             if name not in state["environment"]:
                 del os.environ[name]
+        if state["lasting"] and (elsewhere := _imported_from_elsewhere(state["paths"])):
+            raise room.BuildError("template", f"{elsewhere} is not a package of the environment, and may be edited")
         if (threads := _threads()) != 1:
             raise room.BuildError("template", f"{threads} threads run after importing {', '.join(state['imports'])}")
         gc.collect()
@@ -71,6 +75,18 @@ def main() -> NoReturn:
     with socket.socket(fileno=JOBS) as jobs:
         _serve(jobs, state)
     os._exit(0)
+
+
+def _imported_from_elsewhere(paths: list[str]) -> str | None:
+    """A module that is neither of the standard library nor installed: whoever edits it leaves no mark there."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    places = {*paths, *map(sysconfig.get_path, names), *site.getsitepackages()}
+    places |= {os.path.realpath(place) for place in places}
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and not any(file.startswith(place + os.sep) for place in places):
+            return name
+    return None
 
 
 def _threads() -> int:

@@ -24,6 +24,7 @@ import os
 import select
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -55,6 +56,9 @@ _DRIVER_IMPORTS = ("isolate.driver",)
 _VARIABLES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 """What ipykernel sets before a notebook can import anything: ipykernel/kernelapp.py, `init_gui_pylab`."""
 _NOT_YET = "there is no template yet"
+_COLD_SECONDS = 300.0
+"""How long not to try again to make a template that could not be had."""
+_LAST_SECONDS = 5.0
 _TEND_SECONDS = 5.0
 """How long it may go unnoticed that another template was missed."""
 _FOREVER = 10.0 * 365 * 86400
@@ -97,17 +101,28 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        view = [[str(bind.source), str(bind.target)] for bind in self.policy.read_only]
-        hidden = [str(path) for path in self.policy.hidden]
+        view = [[*_identity(bind.source), str(bind.target)] for bind in self.policy.read_only]
+        hidden = [_identity(path) for path in self.policy.hidden]
         environment = dict(self.policy.environment)
         shown = [view, hidden, environment, sorted(self.files), self.share_at]
         parts = [list(self.python), self.program, list(self.imports), *shown, _stamps(self.python[0])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _identity(path: os.PathLike[str]) -> list[Any]:
+    """Which file it is. A view shows the one that was there: not one that has its name since, nor does it mask that."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [os.fspath(path)]
+    return [os.fspath(path), status.st_dev, status.st_ino]
+
+
 def _stamps(python: str) -> list[list[Any]]:
     """What changes when packages are installed or removed: times of the directories that hold them."""
-    return [[path, os.stat(path).st_mtime_ns if os.path.exists(path) else 0] for path in _stamped(python)]
+    if not all(map(os.path.exists, _stamped(python))):
+        _stamped.cache_clear()
+    return [[path, os.stat(path).st_mtime_ns] for path in _stamped(python)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,7 +136,7 @@ def _stamped(python: str) -> tuple[str, ...]:
 class _Template:
     """A running one. Closed with its stack; raises `SandboxError` when it cannot be had."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, lasting: bool) -> None:
         self.lost = False
         """Whether it has been found to be gone."""
         with contextlib.ExitStack() as stack:
@@ -138,6 +153,7 @@ class _Template:
                 "kernel_imports": list(_KERNEL_IMPORTS),
                 "program": recipe.program,
                 "rehearsal": recipe.rehearsal,
+                "lasting": lasting,
             }
             program = TemplateProgram(source, state, recipe.files, IDLE_SECONDS)
             limits = Limits(_FOREVER, _FOREVER, memory_bytes=4 * GIB)
@@ -156,10 +172,17 @@ class _Template:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended by itself: unused for long, or killed."""
+        """Whether it has ended: by itself, unused for long or killed, or because it was closed."""
+        return self.lost or self.wait(0)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ends meanwhile."""
         poll = select.poll()
-        poll.register(self.sandbox, select.POLLIN)
-        return self.lost or bool(poll.poll(0))
+        try:
+            poll.register(self.sandbox, select.POLLIN)
+        except ValueError:  # closed
+            return True
+        return bool(poll.poll(1000 * seconds))
 
     def close(self) -> None:
         self._stack.close()
@@ -180,12 +203,13 @@ class Nursery:
     patient = True
     """Whether who asks first waits for the template. Else it is started cold, and `tend` makes what was missed."""
 
-    def __init__(self, imports: Sequence[str] = ()) -> None:
-        self._imports = tuple(imports)
+    def __init__(self, imports: Sequence[str] = (), *, lasting: bool = False) -> None:
+        """`lasting`: it outlives a run, and has no template with a module that somebody may edit meanwhile."""
+        self._imports, self._lasting = tuple(imports), lasting
         self._templates: dict[str, _Template] = {}
         self._missed: dict[str, Recipe] = {}
         self._expecting: threading.Thread | None = None
-        self._cold: dict[str, str] = {}
+        self._cold: dict[str, tuple[str, float]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -209,7 +233,7 @@ class Nursery:
         for one in templates:
             one.close()
         if self._expecting is not None:
-            self._expecting.join()
+            self._expecting.join(_LAST_SECONDS)
 
     def tend(self) -> None:
         """See to the templates until each has ended, unused for long or closed: clear up, make what was missed."""
@@ -219,10 +243,7 @@ class Nursery:
                 running = dict(self._templates)
             if not running:
                 return
-            poll = select.poll()
-            for found in running.values():
-                poll.register(found.sandbox, select.POLLIN)
-            poll.poll(_TEND_SECONDS * 1000)
+            next(iter(running.values())).wait(_TEND_SECONDS)
             for key, found in running.items():
                 if found.ended:
                     self._forget(key, found)
@@ -276,8 +297,10 @@ class Nursery:
         with self._lock:
             if self._closed or self._expecting is not None or not self.patient:
                 return
-            self._expecting = threading.Thread(target=make, name="driver template", daemon=True)
-            self._expecting.start()
+            thread = threading.Thread(target=make, name="driver template", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no more threads; who needs it makes it then
+                thread.start()
+                self._expecting = thread
 
     def start_driver(
         self, stack: contextlib.ExitStack, policy: Policy, command: Command, lease: Lease | None
@@ -321,8 +344,9 @@ class Nursery:
         try:
             if self._closed:
                 raise _run_has_ended()
-            if key in self._cold:
-                return self._cold[key]
+            reason, until = self._cold.get(key, ("", 0.0))
+            if time.monotonic() < until:
+                return reason
             found = self._templates.get(key)
             if found is not None:
                 if not found.ended:
@@ -332,9 +356,9 @@ class Nursery:
                 self._missed[key] = recipe
                 return _NOT_YET
             try:
-                found = _Template(recipe)
+                found = _Template(recipe, self._lasting)
             except SandboxError as error:
-                self._cold[key] = str(error)
+                self._cold[key] = str(error), time.monotonic() + _COLD_SECONDS
                 return str(error)
             with self._lock:
                 if not self._closed:

@@ -186,10 +186,10 @@ class IsolatedExecute(SandboxSettings, Execute):
             directories = [Path(course.format_path(step, ".", assignment)) for step in steps]
             imports = preimports(next(filter(Path.is_dir, directories), None), self.warm_imports)
             self.log.info("Imported before kernels start: %s", ", ".join(imports) or "nothing of the assignment's")
+            # Not where others are executed ahead: such a run ends its sandboxes by closing their nursery.
+            keeps = kept.in_server() and run.ahead is None and not run.nurseries
             run.nurseries[assignment] = (
-                kept.nursery((course.root, assignment), imports, patient=run.pays_warmth)
-                if kept.in_server()
-                else Nursery(imports)
+                kept.nursery((course.root, assignment), imports, patient=run.pays_warmth) if keeps else Nursery(imports)
             )
         return run.nurseries[assignment]
 

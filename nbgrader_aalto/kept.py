@@ -42,7 +42,7 @@ def nursery(whose: Hashable, imports: Sequence[str], *, patient: bool) -> Nurser
         if _kept is None or _kept[0] != key:
             if _kept is not None:
                 _kept[1].close()
-            _kept = key, Nursery(imports)
+            _kept = key, Nursery(imports, lasting=True)
         found = _kept[1]
     found.patient = patient
     return found
@@ -50,14 +50,23 @@ def nursery(whose: Hashable, imports: Sequence[str], *, patient: bool) -> Nurser
 
 def let_go(nursery: Nursery) -> None:
     """At the end of a run: close it, unless it is the one that is kept; then see to its templates, in a thread."""
+    global _kept
     with _lock:
-        if _kept is None or _kept[1] is not nursery:
+        is_kept = _kept is not None and _kept[1] is nursery
+        if is_kept and nursery in _tended:
+            return
+        if not is_kept or available_bytes() < _ENOUGH_BYTES:
+            _kept = None if is_kept else _kept
             nursery.close()
             return
-        if nursery in _tended or available_bytes() < _ENOUGH_BYTES:
-            return
-        _tended.add(nursery)
-    threading.Thread(target=_tend, args=(nursery,), name="kept templates", daemon=True).start()
+        thread = threading.Thread(target=_tend, args=(nursery,), name="kept templates", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads
+            _kept = None
+            nursery.close()
+        else:
+            _tended.add(nursery)
 
 
 def _tend(nursery: Nursery) -> None:

@@ -285,6 +285,17 @@ def test_what_nobody_starts_ends_and_is_then_kept_as_long_as_any(desk: Desk) -> 
     assert desk.store.give_up(10) == []  # it was started
 
 
+def test_what_was_started_and_given_back_is_not_given_up_for_having_waited_before(desk: Desk) -> None:
+    job_id = desk.add(retention_seconds=100)
+    desk.clock.now += 86_300
+    _, lease = desk.run()
+    desk.clock.now += 600
+    assert desk.store.release(job_id, lease, "the service was stopped", max_attempts=0) == "queued"
+    assert desk.store.give_up(10) == []
+    desk.clock.now += 86_400
+    assert desk.store.give_up(10) == [job_id]
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_only_what_has_ended_can_be_deleted(desk: Desk, state: State) -> None:
     job_id, _ = desk.bring(state)

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from certipy import Certipy  # JupyterHub's own
 
 from attacks.harness import eventually
 from grader_service import serve
-from grader_service.client import GraderClient
+from grader_service.client import GraderClient, ServiceUnavailable
 from service_host import Host, free_port, hosting
 
 pytestmark = pytest.mark.threat(93)
@@ -151,3 +152,17 @@ def test_a_token_goes_to_another_machine_in_the_open_only_if_that_is_said(url: s
         GraderClient(url, "x")
     with GraderClient(url, "x", plain_http_beyond_loopback=True):
         pass
+
+
+def test_a_proxys_variable_does_not_send_a_token_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(1.0)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        with GraderClient(f"http://127.0.0.1:{free_port()}", "secret", patience_seconds=0.2) as client:
+            with pytest.raises(ServiceUnavailable):
+                client.courses()
+        with pytest.raises(TimeoutError):
+            proxy.accept()

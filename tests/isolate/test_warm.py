@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import nbformat
 import pytest
 
 from e2e import host
 from isolate import sandbox, warm
-from isolate.notebook import Execution, Kernel
-from isolate.policy import SandboxError
+from isolate.notebook import Execution, Kernel, execute
+from isolate.policy import Bind, Policy, SandboxError
 from isolate.warm import Nursery
 
 Run = Callable[..., Execution]
@@ -173,6 +176,91 @@ def test_installed_packages_make_another_template(run_cells: Run, monkeypatch: p
         monkeypatch.setattr(warm, "_stamps", lambda python: [*stamps(python), ["installed", 1]])
         run_cells("1", warm=one)
         assert len(_templates() - before) > len(first)
+
+
+@pytest.fixture
+def shown() -> Iterator[Path]:
+    """A directory that every sandbox's user may be shown."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="shown ä-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def _run(policy: Policy, kernel: Kernel, nursery: Nursery, source: str) -> Execution:
+    cells = [nbformat.v4.new_code_cell(source)]
+    return execute(nbformat.v4.new_notebook(cells=cells), kernel, policy, warm=nursery)
+
+
+@pytest.mark.threat(63)
+def test_what_was_replaced_is_seen_and_masked_as_it_is_now(kernel: Kernel, kernel_policy: Policy, shown: Path) -> None:
+    """A template's view is of files, not of names: one that was renamed over is neither the old one nor unmasked."""
+    (shown / "data").mkdir()
+    (shown / "file").write_text("first")
+    (shown / "data/secret").write_text("canary")
+    look = f"""
+import os
+def at(path):
+    try:
+        return open(path).read()
+    except OSError as error:
+        return type(error).__name__
+print([at(path) for path in {[str(shown / name) for name in ("file", "data/secret", "data/late", "data/open")]!r}])
+"""
+    policy = dataclasses.replace(
+        kernel_policy,
+        read_only=(*kernel_policy.read_only, Bind(shown / "file"), Bind(shown / "data")),
+        hidden=(*kernel_policy.hidden, shown / "data/secret", shown / "data/late"),
+    )
+    with Nursery() as one:
+        done = _run(policy, kernel, one, look)
+        assert (done.report.start, _text(done)) == (
+            "warm",
+            "['first', '', 'FileNotFoundError', 'FileNotFoundError']\n",
+        )
+        for name in ("file", "data/secret", "data/late", "data/open"):
+            (shown / "new").write_text(f"second {name}")
+            (shown / "new").rename(shown / name)
+        done = _run(policy, kernel, one, look)
+        assert (done.report.start, _text(done)) == ("warm", "['second file', '', '', 'second data/open']\n")
+
+
+def test_a_lasting_nursery_has_nothing_that_somebody_may_edit(
+    kernel: Kernel, kernel_policy: Policy, shown: Path
+) -> None:
+    (shown / "helper.py").write_text("value = 1")
+    policy = dataclasses.replace(
+        kernel_policy.with_visible([shown]),
+        environment={**kernel_policy.environment, "PYTHONPATH": str(shown)},
+    )
+    with Nursery(["helper"]) as one, Nursery(["helper"], lasting=True) as lasting, Nursery(["wave"]) as fine:
+        assert _run(policy, kernel, one, "import helper").report.start == "warm"
+        assert "helper is not a package of the environment" in _run(policy, kernel, lasting, "1").report.start
+        assert _run(policy, kernel, fine, "import helper").report.start == "warm"
+
+
+def test_who_is_not_patient_starts_cold_until_it_was_tended_to(run_cells: Run) -> None:
+    before = _templates()
+    errors: list[BaseException] = []
+    one = Nursery(lasting=True)
+    one.patient = False
+
+    def tend() -> None:
+        try:
+            one.tend()
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    assert run_cells("1", warm=one).report.start == "cold: there is no template yet"
+    assert _templates() == before
+    thread = threading.Thread(target=tend)
+    thread.start()
+    assert host.eventually(lambda: run_cells("1", warm=one).report.start == "warm")
+    one.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert not errors
+    assert host.eventually(lambda: _templates() == before)
 
 
 def test_unused_templates_end(run_cells: Run, monkeypatch: pytest.MonkeyPatch) -> None:
