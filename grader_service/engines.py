@@ -24,7 +24,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_PRELOADED = ["grader_service.worker", "sqlalchemy.dialects.postgresql.psycopg", "psycopg"]
+_PRELOADED = [
+    "grader_service.fork_server",
+    "grader_service.worker",
+    "sqlalchemy.dialects.postgresql.psycopg",
+    "psycopg",
+]
 """The driver, too: SQLAlchemy would import it when it opens the database, in each worker anew (0.1 s)."""
 
 

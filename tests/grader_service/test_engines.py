@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_shutdown_ends_what_runs(tmp_path: Path) -> None:
         engine.submit(_twice, 1)
 
 
-def test_workers_die_with_a_service_that_is_killed(tmp_path: Path) -> None:
+def test_a_service_that_is_killed_leaves_no_worker_and_no_file(tmp_path: Path) -> None:
     script = tmp_path / "service.py"
     script.write_text(
         "import time\nfrom grader_service.engines import LocalEngine\n"
@@ -110,10 +111,15 @@ def test_workers_die_with_a_service_that_is_killed(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n    import sys\n"
         "    LocalEngine().submit(sleep, sys.argv[1])\n    time.sleep(3600)\n"
     )
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid")])
-    try:
-        pid = _pid(tmp_path / "pid")
-    finally:
-        process.kill()
-        process.wait()
-    assert eventually(lambda: not lives(pid), 60)
+    # A short name for sockets. unix(7)
+    with tempfile.TemporaryDirectory(prefix="gs-", dir="/tmp") as temporary:
+        environment = {**os.environ, "TMPDIR": temporary}
+        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "pid")], env=environment)
+        try:
+            pid = _pid(tmp_path / "pid")
+            assert [name for name in os.listdir(temporary) if name.startswith("pymp-")]
+        finally:
+            process.kill()
+            process.wait()
+        assert eventually(lambda: not lives(pid), 60)
+        assert eventually(lambda: not os.listdir(temporary), 60), os.listdir(temporary)
