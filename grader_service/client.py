@@ -46,7 +46,7 @@ class _Base:
     """What both clients share: where the service is, and when to try again."""
 
     def __init__(self, url: str, token: str, patience_seconds: float, plain_http_beyond_loopback: bool) -> None:
-        """`url` is http(s)://host:port, or unix:///path/of/socket. Raises `ValueError`."""
+        """As `GraderClient`'s."""
         self._socket: str | None = None
         where = url
         if url.startswith("unix://"):
@@ -224,15 +224,11 @@ class GraderClient(_Base):
 
 
 class AsyncGraderClient(_Base):
-    """The service, for asyncio. Methods as in `GraderClient`."""
+    """The service, for asyncio. Arguments and methods as in `GraderClient`."""
 
     def __init__(
         self, url: str, token: str, *, patience_seconds: float = 300.0, plain_http_beyond_loopback: bool = False
     ) -> None:
-        """`url` is http(s)://host:port, or unix:///path/of/socket; http:// only of this machine, unless told otherwise.
-
-        Raises `ValueError` for another `url`.
-        """
         super().__init__(url, token, patience_seconds, plain_http_beyond_loopback)
         transport = httpx.AsyncHTTPTransport(uds=self._socket) if self._socket else None
         self._client = httpx.AsyncClient(**self._options, transport=transport)

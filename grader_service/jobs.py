@@ -32,8 +32,6 @@ from grader_service.models import ENDED, JOBS, Job, Kind, State
 
 LONGEST_PAGE = 200
 _DAY_SECONDS = 86_400.0
-SHORTEST_PATIENCE_SECONDS = _DAY_SECONDS
-"""How long a job may wait at least, in a course whose retention is shorter."""
 _ALIVE: tuple[State, ...] = ("queued", "running")
 _COUNTED = 1000
 """How far the jobs before a waiting one are counted."""
@@ -290,7 +288,7 @@ class JobStore:
         since = func.coalesce(JOBS.c.started_at, JOBS.c.submitted_at)  # it may have been given back
         waited = (
             JOBS.c.state == order.QUEUED,
-            since < now - SHORTEST_PATIENCE_SECONDS,
+            since < now - _DAY_SECONDS,  # at least, where retention is shorter
             since + JOBS.c.retention_seconds < now,
         )
         with reading(self._engine) as connection:

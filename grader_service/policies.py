@@ -15,7 +15,7 @@ from isolate.environment import environment_policy, home_files
 from isolate.image import image_home_files, image_policy, inside, open_image
 from isolate.kernelspecs import KernelSpec
 from isolate.policy import Limits, Policy
-from isolate.rooms import Kernel
+from isolate.rooms import Kernel, driver_limits
 from isolate.roots import HOST, Root
 
 
@@ -47,6 +47,22 @@ def limits_of(course: CourseSettings, asked: Asked) -> Limits:
         if wanted[name] != value:
             raise Refused(f"the limit {name} must be a whole number")
     return dataclasses.replace(course.default_limits, **wanted)  # type: ignore[arg-type]
+
+
+def memory_of(limits: Limits) -> int:
+    """Bytes that a job is counted with: of its kernel and its driver together."""
+    return limits.memory_bytes + driver_limits(limits).memory_bytes
+
+
+def as_counted(limits: Limits, memory_bytes: int) -> Limits:
+    """No more memory than the job was counted with: the course's defaults may have been raised since.
+
+    Raises `Refused` where none is left.
+    """
+    most = limits.memory_bytes - max(0, memory_of(limits) - memory_bytes)
+    if most <= 0:
+        raise Refused("the course's limits were changed since it was submitted; submit it again")
+    return dataclasses.replace(limits, memory_bytes=most)
 
 
 def plan(course_name: str, course: CourseSettings, asked: Asked) -> tuple[Kernel, Policy]:

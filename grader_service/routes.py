@@ -25,7 +25,6 @@ from grader_service.problems import RESPONSES, ProblemError, disk_full, not_foun
 from grader_service.schemas import ENDED, CourseView, JobPage, JobView, State, Submission
 from grader_service.service import Service
 from grader_service.settings import CourseSettings
-from isolate.rooms import driver_limits
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=RESPONSES)
 log = structlog.get_logger("api")
@@ -210,7 +209,7 @@ def _new_job(
         idempotency_key=key,
         digest=digest,
         asked=asked.model_dump(mode="json", exclude_unset=True),
-        memory_bytes=limits.memory_bytes + driver_limits(limits).memory_bytes,
+        memory_bytes=policies.memory_of(limits),
         bundle_bytes=size,
         retention_seconds=table.retention,
     )

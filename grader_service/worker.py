@@ -31,7 +31,7 @@ from grader_service.progress import ProgressWriter
 from grader_service.schemas import State, Submission
 from grader_service.settings import CourseSettings
 from isolate.notebook import Execution, Settings, execute, to_bytes
-from isolate.policy import LASTING, Limits, SandboxError
+from isolate.policy import LASTING, SandboxError
 from isolate.rooms import driver_limits
 
 LOST_LEASE_CODE, TOO_LATE_CODE = 75, 70
@@ -87,7 +87,7 @@ def _execute(task: Task, bundles: Bundles, job: Job) -> None:
     policy = dataclasses.replace(
         policy,
         environment={**policy.environment, **_variables(asked, task.course)},
-        limits=_as_counted(policy.limits, job.memory_bytes),
+        limits=policies.as_counted(policy.limits, job.memory_bytes),
     )
     notebook_path, files_path = bundles.bundle(task.job_id)
     notebook = _read(notebook_path)
@@ -111,14 +111,6 @@ def _execute(task: Task, bundles: Bundles, job: Job) -> None:
             if files is not None:
                 files.close()
         _write(result, execution, keep if asked.keep_files else None)
-
-
-def _as_counted(limits: Limits, memory_bytes: int) -> Limits:
-    """No more memory than the job has on this host: the course's defaults may have been raised since it came."""
-    most = memory_bytes - driver_limits(limits).memory_bytes
-    if most <= 0:
-        raise policies.Refused("the course's limits were changed since it was submitted; submit it again")
-    return dataclasses.replace(limits, memory_bytes=min(limits.memory_bytes, most))
 
 
 def _read(path: Path) -> Any:

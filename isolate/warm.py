@@ -211,7 +211,7 @@ class Nursery:
         self._expecting: threading.Thread | None = None
         self._cold: dict[str, tuple[str, float]] = {}
         self._locks: dict[str, threading.Lock] = {}
-        self._lock = threading.Lock()
+        self._lock, self._tending = threading.Lock(), threading.Lock()
         self._closed = False
         self._owner = os.getpid()
 
@@ -235,8 +235,24 @@ class Nursery:
         if self._expecting is not None:
             self._expecting.join(_LAST_SECONDS)
 
+    @property
+    def tended(self) -> bool:
+        """Whether a thread is at `tend`."""
+        return self._tending.locked()
+
     def tend(self) -> None:
-        """See to the templates until each has ended, unused for long or closed: clear up, make what was missed."""
+        """See to the templates until each has ended, unused for long or closed: clear up, make what was missed.
+
+        Returns at once where another thread is at it.
+        """
+        if not self._tending.acquire(blocking=False):
+            return
+        try:
+            self._tend()
+        finally:
+            self._tending.release()
+
+    def _tend(self) -> None:
         while True:
             self._warm_up()
             with self._lock:

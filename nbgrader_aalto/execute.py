@@ -179,15 +179,15 @@ class IsolatedExecute(SandboxSettings, Execute):
     def _nursery(self, assignment: str) -> Nursery | None:
         """Where this assignment's kernels are forked, if they are. Made once in a run."""
         run, course = run_of(self._converter), self._converter.coursedir
-        if not self.warm or not (run.pays_warmth or kept.in_server()):
-            return None
         if assignment not in run.nurseries:
+            # Not where others are executed ahead: such a run ends its sandboxes by closing their nursery.
+            keeps = kept.in_server() and run.ahead is None and not run.nurseries
+            if not (self.warm and (run.pays_warmth or keeps)):
+                return None
             steps = (course.source_directory, course.release_directory)
             directories = [Path(course.format_path(step, ".", assignment)) for step in steps]
             imports = preimports(next(filter(Path.is_dir, directories), None), self.warm_imports)
             self.log.info("Imported before kernels start: %s", ", ".join(imports) or "nothing of the assignment's")
-            # Not where others are executed ahead: such a run ends its sandboxes by closing their nursery.
-            keeps = kept.in_server() and run.ahead is None and not run.nurseries
             run.nurseries[assignment] = (
                 kept.nursery((course.root, assignment), imports, patient=run.pays_warmth) if keeps else Nursery(imports)
             )

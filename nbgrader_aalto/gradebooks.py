@@ -32,10 +32,10 @@ def one_engine() -> Iterator[None]:
 
 def _create_engine(url: Any, **options: Any) -> sqlalchemy.Engine:
     """As `sqlalchemy.create_engine`."""
-    engines: dict[str, sqlalchemy.Engine] | None = getattr(_here, "engines", None)
+    engines: dict[Any, sqlalchemy.Engine] | None = getattr(_here, "engines", None)
     if engines is None:
         return sqlalchemy.create_engine(url, **options)
-    key = repr((sqlalchemy.make_url(url).render_as_string(hide_password=False), sorted(options.items())))
+    key = url, *sorted(options.items())
     if key not in engines:
         engines[key] = sqlalchemy.create_engine(url, **options)
     return engines[key]

@@ -22,7 +22,6 @@ _ENOUGH_BYTES = 1 * GIB
 
 _lock = threading.Lock()
 _kept: tuple[Hashable, Nursery] | None = None
-_tended: set[Nursery] = set()
 
 
 def in_server() -> bool:
@@ -36,48 +35,37 @@ def in_server() -> bool:
 
 def nursery(whose: Hashable, imports: Sequence[str], *, patient: bool) -> Nursery:
     """The one that is kept, if it is for these; else a new one, which is kept instead."""
-    global _kept
     key = (whose, tuple(imports))
     with _lock:
-        if _kept is None or _kept[0] != key:
-            if _kept is not None:
-                _kept[1].close()
-            _kept = key, Nursery(imports, lasting=True)
-        found = _kept[1]
+        if _kept is not None and _kept[0] == key:
+            found = _kept[1]
+        else:
+            found = Nursery(imports, lasting=True)
+            _keep((key, found))
     found.patient = patient
     return found
 
 
 def let_go(nursery: Nursery) -> None:
     """At the end of a run: close it, unless it is the one that is kept; then see to its templates, in a thread."""
-    global _kept
     with _lock:
-        is_kept = _kept is not None and _kept[1] is nursery
-        if is_kept and nursery in _tended:
-            return
-        if not is_kept or available_bytes() < _ENOUGH_BYTES:
-            _kept = None if is_kept else _kept
+        if _kept is None or _kept[1] is not nursery:
             nursery.close()
-            return
-        thread = threading.Thread(target=_tend, args=(nursery,), name="kept templates", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # no more threads
-            _kept = None
-            nursery.close()
+        elif available_bytes() < _ENOUGH_BYTES and not nursery.tended:
+            _keep(None)
         else:
-            _tended.add(nursery)
+            try:
+                threading.Thread(target=nursery.tend, name="kept templates", daemon=True).start()
+            except RuntimeError:  # no more threads
+                _keep(None)
 
 
-def _tend(nursery: Nursery) -> None:
-    try:
-        nursery.tend()
-    finally:
-        with _lock:
-            _tended.discard(nursery)
+def _keep(one: tuple[Hashable, Nursery] | None) -> None:
+    """From now on, instead of what was kept, which is closed."""
+    global _kept
+    before, _kept = _kept, one
+    if before is not None:
+        before[1].close()
 
 
-@atexit.register
-def _close() -> None:
-    if _kept is not None:
-        _kept[1].close()
+atexit.register(_keep, None)

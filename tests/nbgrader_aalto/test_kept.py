@@ -1,6 +1,7 @@
 """The nursery that a server keeps: for whom, until when, and never for a run with more than one turn."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -13,12 +14,10 @@ from nbgrader_aalto import kept
 @pytest.fixture(autouse=True)
 def nothing_is_kept() -> Iterator[None]:
     """Before and after."""
-    kept._close()
-    kept._kept = None
+    kept._keep(None)
     yield
-    kept._close()
-    kept._kept = None
-    assert eventually(lambda: not kept._tended)
+    kept._keep(None)
+    assert eventually(lambda: "kept templates" not in {thread.name for thread in threading.enumerate()})
 
 
 def test_a_server_is_what_has_a_running_loop() -> None:
